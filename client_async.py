@@ -1,0 +1,255 @@
+"""Read the NDJSON stream like a collection, with aiohttp.
+
+Run `python client_async.py [URL]`, or use it from a program of your own:
+
+    from client_async import read_events
+
+    async for event in read_events("http://localhost:8000/ndjson"):
+        print(event["data"])
+
+Each event comes once, in order and whole. Where the stream breaks off, it is resumed after the last
+event that came. To leave the loop early, put the iterator into `contextlib.aclosing`.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import TypedDict, cast
+
+import aiohttp
+
+CONNECT_TIMEOUT = 5.0  # seconds
+STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
+GIVE_UP_AFTER = 30.0  # seconds without a new event
+FIRST_DELAY = 0.2  # seconds before the stream is resumed; each further attempt waits longer
+MAX_LINE = 64 * 1024 * 1024  # bytes; aiohttp refuses a line of more than 512 KB unless told
+
+logger = logging.getLogger(__name__)
+
+
+class Event(TypedDict):
+    """One event, as the server sent it."""
+
+    event_id: int
+    data: str
+    is_last_event: bool
+
+
+class StreamError(Exception):
+    """The stream could not be read to its end: one sentence, why and what to do."""
+
+
+class ConnectionLost(Exception):
+    """This connection is of no more use, another one may be."""
+
+
+class CannotConnect(ConnectionLost):
+    """Nobody listens: at the start that is told at once, later the server may come back."""
+
+
+async def read_events(url: str) -> AsyncGenerator[Event]:
+    """Yield the events of the NDJSON stream at `url` as they arrive, each once and in order.
+
+    Where the connection is cut or stalls, or the server fails (5xx), the stream is resumed with
+    `Last-Event-ID`: after 0.2 seconds, then waiting half as long again each time. The first loss
+    after an event is logged as a warning.
+
+    Raises:
+        StreamError: nobody listens at the start; the answer is no stream of events (4xx, not JSON,
+            an event missing); 30 seconds have passed without a new event.
+    """
+    last_event_id: int | None = None
+    deadline = time.monotonic() + GIVE_UP_AFTER
+    delay = FIRST_DELAY
+    ever_connected = False
+    while True:
+        try:
+            async with open_stream(url, last_event_id) as response:
+                if response.status == 204:  # nothing is left after last_event_id
+                    return
+                while line := await read_line(response, deadline):
+                    event = parse_event(line, url)
+                    if event is None or not is_new(event, last_event_id, url):
+                        continue
+                    yield event
+                    if event["is_last_event"]:
+                        return
+                    last_event_id = event["event_id"]
+                    deadline = time.monotonic() + GIVE_UP_AFTER
+                    delay = FIRST_DELAY
+                raise ConnectionLost("the server ended it early")
+        except ConnectionLost as lost:
+            if isinstance(lost, CannotConnect) and not ever_connected:
+                raise StreamError(
+                    f"Cannot connect to {url}: nobody listens there. "
+                    "Start the server with `uvicorn main:app`, or check the address."
+                ) from lost
+            ever_connected = True
+            where = "at the start" if last_event_id is None else f"after event {last_event_id}"
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise StreamError(
+                    f"Gave up {where}: {url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
+                    f"at last because {lost}. Check the server, then try again."
+                ) from lost
+            if delay == FIRST_DELAY:
+                logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
+            # Not to the millisecond, or all the readers of a server come back in one moment.
+            await asyncio.sleep(min(delay * random.uniform(0.9, 1.1), remaining))
+            delay *= 1.5
+
+
+@asynccontextmanager
+async def open_stream(url: str, last_event_id: int | None) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Send the request and give the answer, 200 or 204, with its body still to be read."""
+    headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
+    # Without `total=None` aiohttp ends every stream after five minutes.
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=CONNECT_TIMEOUT, sock_read=STALL_TIMEOUT
+    )
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        try:
+            response = await session.get(url, headers=headers)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise CannotConnect("nobody listens there any more") from error
+        except TimeoutError as error:
+            raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
+        except aiohttp.ClientConnectionError as error:
+            raise ConnectionLost("the connection was cut") from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise StreamError(
+                f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/ndjson."
+            ) from error
+        async with response:
+            status = f"{response.status} {response.reason}"
+            if response.status >= 500:
+                raise ConnectionLost(f"the server answered {status}")
+            if response.status not in (200, 204):
+                text = (await response.text(errors="replace"))[:300]
+                raise StreamError(
+                    f"{url} answered {status}, not a stream: {text!r}. "
+                    "Check the address and its parameters."
+                )
+            yield response
+
+
+async def read_line(response: aiohttp.ClientResponse, deadline: float) -> bytes:
+    """Return the next line as soon as it is there whole, or `b""` at the end of the body."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await response.content.readline(max_line_length=MAX_LINE)
+    except aiohttp.SocketTimeoutError as error:
+        raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
+    except TimeoutError as error:  # bytes trickle in, but never a whole event
+        raise ConnectionLost("no whole event came in time") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise ConnectionLost("the connection was cut") from error
+
+
+def parse_event(line: bytes, url: str) -> Event | None:
+    """Return the event in this line, or None for an empty line and for one that was cut off.
+
+    Raises:
+        StreamError: the line is no event.
+    """
+    if not line.strip():
+        return None
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+        if not line.endswith(b"\n"):
+            return None  # cut in the middle: the event comes again when the stream is resumed
+        event = None
+    match event:
+        case {"event_id": int(), "data": str(), "is_last_event": bool()}:
+            return cast(Event, event)
+    raise StreamError(
+        f"{url} sent a line that is no event: {line[:60]!r}. "
+        "Expected JSON with event_id, data and is_last_event; check the address."
+    )
+
+
+def is_new(event: Event, last_event_id: int | None, url: str) -> bool:
+    """Tell whether the event is the next one, and not one that a server sends a second time.
+
+    Raises:
+        StreamError: events are missing before this one.
+    """
+    expected = 0 if last_event_id is None else last_event_id + 1
+    if event["event_id"] > expected:
+        raise StreamError(
+            f"{url} sent event {event['event_id']} where event {expected} was expected: events are "
+            "lost. Read the stream again from its start."
+        )
+    return event["event_id"] == expected
+
+
+class Arrivals:
+    """Prints each arrival with the time of day, and sums up at the end."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.count = 0
+        self.first_after = 0.0
+
+    def show(self, text: str) -> None:
+        if not self.count:
+            self.first_after = time.monotonic() - self.start
+        self.count += 1
+        print(f"{datetime.now().time().isoformat('milliseconds')}  {text}", flush=True)
+
+    def sum_up(self, what: str) -> None:
+        took = time.monotonic() - self.start
+        summary = f"{self.count} {what} in {took:.2f} s"
+        if self.count:
+            summary += f", the first after {self.first_after:.2f} s"
+        if self.count and took > 1 and self.first_after > 0.9 * took:
+            summary += ": all at once at the end, so something on the way held the stream back"
+        print(f"{summary}.", file=sys.stderr)
+
+
+async def show_events(url: str, arrivals: Arrivals) -> None:
+    async for event in read_events(url):
+        arrivals.show(json.dumps(event, ensure_ascii=False))
+
+
+def main() -> int:
+    """Print the events of the stream as they arrive; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Read a stream of NDJSON events and print each one when it arrives.",
+        epilog="Exit status: 0 read to the end, 1 not (one line says why), 130 Ctrl-C.",
+    )
+    parser.add_argument(
+        "url", nargs="?", default="http://localhost:8000/ndjson", help="default: %(default)s"
+    )
+    url = parser.parse_args().url
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    arrivals = Arrivals()
+    try:
+        asyncio.run(show_events(url, arrivals))
+    except StreamError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # such as `python client_async.py | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("Nobody reads the output any more, so nor does this.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        arrivals.sum_up("events")
+        return 130
+    arrivals.sum_up("events")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

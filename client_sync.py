@@ -1,0 +1,263 @@
+"""Read the NDJSON stream like a collection, with requests.
+
+Run `python client_sync.py [URL]`, or use it from a program of your own:
+
+    from client_sync import read_events
+
+    for event in read_events("http://localhost:8000/ndjson"):
+        print(event["data"])
+
+Each event comes once, in order and whole. Where the stream breaks off, it is resumed after the last
+event that came.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TypedDict, cast
+
+import requests
+from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
+
+CONNECT_TIMEOUT = 5.0  # seconds
+STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
+GIVE_UP_AFTER = 30.0  # seconds without a new event
+FIRST_DELAY = 0.2  # seconds before the stream is resumed; each further attempt waits longer
+
+logger = logging.getLogger(__name__)
+
+
+class Event(TypedDict):
+    """One event, as the server sent it."""
+
+    event_id: int
+    data: str
+    is_last_event: bool
+
+
+class StreamError(Exception):
+    """The stream could not be read to its end: one sentence, why and what to do."""
+
+
+class ConnectionLost(Exception):
+    """This connection is of no more use, another one may be."""
+
+
+class CannotConnect(ConnectionLost):
+    """Nobody listens: at the start that is told at once, later the server may come back."""
+
+
+def read_events(url: str) -> Iterator[Event]:
+    """Yield the events of the NDJSON stream at `url` as they arrive, each once and in order.
+
+    Where the connection is cut or stalls, or the server fails (5xx), the stream is resumed with
+    `Last-Event-ID`: after 0.2 seconds, then waiting half as long again each time. The first loss
+    after an event is logged as a warning.
+
+    Raises:
+        StreamError: nobody listens at the start; the answer is no stream of events (4xx, not JSON,
+            an event missing); 30 seconds have passed without a new event.
+    """
+    last_event_id: int | None = None
+    deadline = time.monotonic() + GIVE_UP_AFTER
+    delay = FIRST_DELAY
+    ever_connected = False
+    while True:
+        try:
+            with open_stream(url, last_event_id) as response:
+                if response.status_code == 204:  # nothing is left after last_event_id
+                    return
+                body = LiveBody(response, deadline)
+                lines = io.BufferedReader(body, buffer_size=64 * 1024)
+                while line := lines.readline():
+                    event = parse_event(line, url)
+                    if event is None or not is_new(event, last_event_id, url):
+                        continue
+                    yield event
+                    if event["is_last_event"]:
+                        return
+                    last_event_id = event["event_id"]
+                    deadline = body.deadline = time.monotonic() + GIVE_UP_AFTER
+                    delay = FIRST_DELAY
+                raise ConnectionLost("the server ended it early")
+        except ConnectionLost as lost:
+            if isinstance(lost, CannotConnect) and not ever_connected:
+                raise StreamError(
+                    f"Cannot connect to {url}: nobody listens there. "
+                    "Start the server with `uvicorn main:app`, or check the address."
+                ) from lost
+            ever_connected = True
+            where = "at the start" if last_event_id is None else f"after event {last_event_id}"
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise StreamError(
+                    f"Gave up {where}: {url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
+                    f"at last because {lost}. Check the server, then try again."
+                ) from lost
+            if delay == FIRST_DELAY:
+                logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
+            # Not to the millisecond, or all the readers of a server come back in one moment.
+            time.sleep(min(delay * random.uniform(0.9, 1.1), remaining))
+            delay *= 1.5
+
+
+def open_stream(url: str, last_event_id: int | None) -> requests.Response:
+    """Send the request and return the answer, 200 or 204, with its body still to be read."""
+    headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
+    timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
+    try:
+        response = requests.get(url, headers=headers, timeout=timeout, stream=True)
+    except requests.Timeout as error:
+        if isinstance(error, requests.ConnectTimeout):
+            raise CannotConnect("nobody answers there") from error
+        raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
+    except requests.ConnectionError as error:
+        if isinstance(error.args[0], MaxRetryError):  # it never got as far as a connection
+            raise CannotConnect("nobody listens there any more") from error
+        raise ConnectionLost("the connection was cut") from error
+    except (requests.RequestException, HTTPError, UnicodeError) as error:
+        raise StreamError(
+            f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/ndjson."
+        ) from error
+    status = f"{response.status_code} {response.reason}"
+    if response.status_code >= 500:
+        response.close()
+        raise ConnectionLost(f"the server answered {status}")
+    if response.status_code not in (200, 204):
+        with response:
+            raise StreamError(
+                f"{url} answered {status}, not a stream: {response.text[:300]!r}. "
+                "Check the address and its parameters."
+            )
+    return response
+
+
+class LiveBody(io.RawIOBase):
+    """The body of an answer as a file that gives what has arrived, without waiting for more.
+
+    `response.raw.readline()` would ask for one byte at a time, `response.iter_lines()` for 512
+    bytes, however many events those are. `read1` takes what is there; `io.BufferedReader` cuts it
+    into lines, in C.
+    """
+
+    def __init__(self, response: requests.Response, deadline: float) -> None:
+        self.raw = response.raw
+        self.deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if time.monotonic() > self.deadline:  # bytes trickle in, but never a whole event
+            raise ConnectionLost("no whole event came in time")
+        try:
+            data = self.raw.read1(len(buffer), decode_content=True)
+        except ReadTimeoutError as error:
+            raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
+        except (HTTPError, OSError) as error:
+            raise ConnectionLost("the connection was cut") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def parse_event(line: bytes, url: str) -> Event | None:
+    """Return the event in this line, or None for an empty line and for one that was cut off.
+
+    Raises:
+        StreamError: the line is no event.
+    """
+    if not line.strip():
+        return None
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+        if not line.endswith(b"\n"):
+            return None  # cut in the middle: the event comes again when the stream is resumed
+        event = None
+    match event:
+        case {"event_id": int(), "data": str(), "is_last_event": bool()}:
+            return cast(Event, event)
+    raise StreamError(
+        f"{url} sent a line that is no event: {line[:60]!r}. "
+        "Expected JSON with event_id, data and is_last_event; check the address."
+    )
+
+
+def is_new(event: Event, last_event_id: int | None, url: str) -> bool:
+    """Tell whether the event is the next one, and not one that a server sends a second time.
+
+    Raises:
+        StreamError: events are missing before this one.
+    """
+    expected = 0 if last_event_id is None else last_event_id + 1
+    if event["event_id"] > expected:
+        raise StreamError(
+            f"{url} sent event {event['event_id']} where event {expected} was expected: events are "
+            "lost. Read the stream again from its start."
+        )
+    return event["event_id"] == expected
+
+
+class Arrivals:
+    """Prints each arrival with the time of day, and sums up at the end."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.count = 0
+        self.first_after = 0.0
+
+    def show(self, text: str) -> None:
+        if not self.count:
+            self.first_after = time.monotonic() - self.start
+        self.count += 1
+        print(f"{datetime.now().time().isoformat('milliseconds')}  {text}", flush=True)
+
+    def sum_up(self, what: str) -> None:
+        took = time.monotonic() - self.start
+        summary = f"{self.count} {what} in {took:.2f} s"
+        if self.count:
+            summary += f", the first after {self.first_after:.2f} s"
+        if self.count and took > 1 and self.first_after > 0.9 * took:
+            summary += ": all at once at the end, so something on the way held the stream back"
+        print(f"{summary}.", file=sys.stderr)
+
+
+def main() -> int:
+    """Print the events of the stream as they arrive; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Read a stream of NDJSON events and print each one when it arrives.",
+        epilog="Exit status: 0 read to the end, 1 not (one line says why), 130 Ctrl-C.",
+    )
+    parser.add_argument(
+        "url", nargs="?", default="http://localhost:8000/ndjson", help="default: %(default)s"
+    )
+    url = parser.parse_args().url
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    arrivals = Arrivals()
+    try:
+        for event in read_events(url):
+            arrivals.show(json.dumps(event, ensure_ascii=False))
+    except StreamError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # such as `python client_sync.py | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("Nobody reads the output any more, so nor does this.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        arrivals.sum_up("events")
+        return 130
+    arrivals.sum_up("events")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What the tests share: a real server in a process of its own, and the clients run as a person would."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 60.0  # seconds that anything may take before a test calls it stuck
+
+
+def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+    """Return the first true value of `condition()`; fail if there is none within `limit` seconds."""
+    end = time.monotonic() + limit
+    while not (value := condition()):
+        if time.monotonic() > end:
+            pytest.fail(f"waited {limit:.0f} s in vain for {what}")
+        time.sleep(0.01)
+    return value
+
+
+def need(program: str, package: str) -> str:
+    """Return the path of a program; skip the test where it is not installed (with CI=true: fail)."""
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    if path:
+        return path
+    message = f"{program} is not installed: apt-get install {package}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Process:
+    """A server in a process (and process group) of its own, and what it has printed so far."""
+
+    def __init__(self, command: list[str], log: Path, port: int, **options: Any) -> None:
+        self.command = command
+        self.log_file = log
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.options = options
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or again, and wait until it listens."""
+        with self.log_file.open("ab") as log:
+            self.popen = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **{"cwd": ROOT, **self.options},
+            )
+        self.wait_until_listening()
+
+    def wait_until_listening(self) -> None:
+        def listening() -> bool:
+            if self.popen.poll() is not None:
+                pytest.fail(f"{self.command} ended at once:\n{self.log}")
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+        wait_for(listening, f"{self.command} to listen")
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def wait_for_log(self, pattern: str, count: int = 1) -> list[str]:
+        """Return the matches of `pattern` in the log, once there are `count` of them."""
+
+        def matches() -> list[str] | None:
+            found = re.findall(pattern, self.log)
+            return found if len(found) >= count else None
+
+        return list(wait_for(matches, f"{count} × {pattern!r} in the log"))
+
+    def signal(self, signum: int, everyone: bool = False) -> None:
+        """Send a signal to the process, or to its whole group, as Ctrl-C in a terminal does."""
+        (os.killpg if everyone else os.kill)(self.pid, signum)
+
+    def wait(self) -> int:
+        """Wait until the process has ended; return its exit status (-n: killed by signal n)."""
+        return self.popen.wait(LIMIT)
+
+    def kill(self) -> None:
+        """Pull the plug: kill -9 for the process and all that it has started."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.popen.wait(LIMIT)
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start servers: `start(*command)` runs any, with `{port}` in it replaced by a free port."""
+    processes: list[Process] = []
+
+    def start(*command: str, port: int | None = None, **options: Any) -> Process:
+        port = port or free_port()
+        words = [word.replace("{port}", str(port)) for word in command]
+        log = tmp_path / f"server-{len(processes)}.log"
+        processes.append(Process(words, log, port, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
+
+
+@pytest.fixture
+def server(start: Start) -> Process:
+    """The server as a person runs it, on a port of its own."""
+    return start(*UVICORN)
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One server for all tests of a module that do it no harm."""
+    port = free_port()
+    words = [word.replace("{port}", str(port)) for word in UVICORN]
+    process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
+    yield process
+    process.kill()
+
+
+def run_client(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a client to its end; return its exit status, standard output and standard error."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT * 2,
+        **options,
+    )
