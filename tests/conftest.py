@@ -1,4 +1,4 @@
-"""What the tests share: a real server in a process of its own, and the clients run as a person would."""
+"""What the tests share: a real server in a process of its own, and clients run as people do."""
 
 import os
 import re
@@ -19,7 +19,7 @@ LIMIT = 60.0  # seconds that anything may take before a test calls it stuck
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """Return the first true value of `condition()`; fail if there is none within `limit` seconds."""
+    """Return the first true value of `condition()`; fail if none comes within `limit` seconds."""
     end = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > end:
@@ -29,7 +29,7 @@ def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> A
 
 
 def need(program: str, package: str) -> str:
-    """Return the path of a program; skip the test where it is not installed (with CI=true: fail)."""
+    """Return the path of a program; without it skip the test, or with CI=true fail it."""
     path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
     if path:
         return path
