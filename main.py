@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Header, Query, Response
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -120,6 +120,7 @@ Interval = Annotated[
 LastEventID = Annotated[
     int | None,
     BeforeValidator(only_digits),
+    WithJsonSchema({"type": "integer", "minimum": 0}),  # a header can be absent, but never null
     Header(ge=0, description="The stream goes on after this event. `EventSource` sends it itself."),
 ]
 
@@ -320,16 +321,32 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 app = StreamingApp(title="Streaming over HTTP", lifespan=lifespan)
 
 
-def documented(to_bytes: Callable[[Event], bytes], media_type: str) -> dict[int | str, Any]:
-    """What /docs shows of a stream: its media type, and what its first events look like."""
+def documented(
+    to_bytes: Callable[[Event], bytes], media_type: str, **schema: Any
+) -> dict[int | str, Any]:
+    """What /docs shows of a stream: its media type, its items, and what its first events look like.
+
+    `itemSchema` is OpenAPI 3.2's for media types that are a sequence of items, section 4.14.3.
+    """
     events = (
         Event(event_id=i, data=f"Step {i + 1} of 2: ☕", is_last_event=i == 1) for i in range(2)
     )
     example = b"".join(map(to_bytes, events)).decode()
-    content = {media_type: {"schema": {"type": "string"}, "example": example}}
+    content = {media_type: {**schema, "example": example}}
     return {200: {"description": "The events, each sent when it is due.", "content": content}}
 
 
+EVENT_SCHEMA = Event.model_json_schema()
+DATA_SCHEMA = {
+    "type": "string",
+    "contentMediaType": "application/json",
+    "contentSchema": EVENT_SCHEMA,
+}
+SSE_SCHEMA = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}, "retry": {"type": "integer"}, "data": DATA_SCHEMA},
+    "required": ["id", "data"],
+}
 RESUMABLE: dict[int | str, Any] = {204: {"description": "No event is left after `Last-Event-ID`."}}
 
 
@@ -338,7 +355,11 @@ async def index() -> dict[str, Any]:
     return {"message": "Three streams of the same events.", "streams": ["/text", "/ndjson", "/sse"]}
 
 
-@app.get("/text", response_class=Response, responses=documented(to_text, "text/plain"))
+@app.get(
+    "/text",
+    response_class=Response,
+    responses=documented(to_text, "text/plain", schema={"type": "string"}),
+)
 async def text(steps: Steps = 10, interval: Interval = 1.0) -> Response:
     """The events' text, a line each. It cannot be resumed: no id is on the wire to resume by."""
     return stream_after(None, steps, interval, to_text, "text/plain; charset=utf-8")
@@ -347,7 +368,7 @@ async def text(steps: Steps = 10, interval: Interval = 1.0) -> Response:
 @app.get(
     "/ndjson",
     response_class=Response,
-    responses=documented(to_ndjson, "application/x-ndjson") | RESUMABLE,
+    responses=documented(to_ndjson, "application/x-ndjson", itemSchema=EVENT_SCHEMA) | RESUMABLE,
 )
 async def ndjson(
     steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
@@ -359,7 +380,7 @@ async def ndjson(
 @app.get(
     "/sse",
     response_class=Response,
-    responses=documented(to_sse, "text/event-stream") | RESUMABLE,
+    responses=documented(to_sse, "text/event-stream", itemSchema=SSE_SCHEMA) | RESUMABLE,
 )
 async def sse(
     steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
