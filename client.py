@@ -37,9 +37,10 @@ def read_chunks(url: str) -> Iterator[bytes]:
     try:
         with requests.get(url, timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT), stream=True) as response:
             if response.status_code != 200:
+                status = f"{response.status_code} {response.reason}".rstrip()
                 raise StreamError(
-                    f"{url} answered {response.status_code} {response.reason}, not a stream: "
-                    f"{response.text[:300]!r}. Check the address and its parameters."
+                    f"{url} answered {status}, not a stream: {start_of_body(response)!r}. "
+                    "Check the address and its parameters."
                 )
             # `read1` returns what has arrived; `read` would wait for all of the 16 bytes.
             while chunk := response.raw.read1(CHUNK_SIZE, decode_content=True):
@@ -48,14 +49,20 @@ def read_chunks(url: str) -> Iterator[bytes]:
         raise StreamError(
             f"{url} sent nothing for {STALL_TIMEOUT:.0f} seconds. Check the server, then try again."
         ) from error
+    except requests.exceptions.SSLError as error:
+        raise StreamError(
+            f"Cannot connect to {url}: the TLS handshake failed. Check the address."
+        ) from error
     except requests.ConnectionError as error:
         if isinstance(error.args[0], MaxRetryError):  # it never got as far as a connection
             raise StreamError(
                 f"Cannot connect to {url}: nobody listens there. "
                 "Start the server with `uvicorn main:app`, or check the address."
             ) from error
-        raise StreamError(f"{url} cut the connection before it answered. Try again.") from error
-    except requests.RequestException as error:
+        raise StreamError(
+            f"{url} cut its answer off, or it is no HTTP. Check the address, then try again."
+        ) from error
+    except (requests.RequestException, ValueError) as error:  # ValueError: a bad redirect
         raise StreamError(
             f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/text."
         ) from error
@@ -64,6 +71,14 @@ def read_chunks(url: str) -> Iterator[bytes]:
             f"{url} was cut off in mid-stream, and plain text cannot be resumed. Start again, "
             "or read /ndjson with client_sync.py."
         ) from error
+
+
+def start_of_body(response: requests.Response) -> str:
+    """Return what an answer that is no stream says, or "" if that was cut, stalls or is damaged."""
+    try:
+        return response.raw.read1(300, decode_content=True).decode(errors="ignore")
+    except (HTTPError, OSError):
+        return ""
 
 
 class Arrivals:
@@ -119,9 +134,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    except BrokenPipeError:  # such as `python client.py | head -3`
+    except OSError as error:  # such as `python client.py | head -3`, or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("Nobody reads the output any more, so nor does this.", file=sys.stderr)
+        print(f"Nobody takes the output any more ({error.strerror}).", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         arrivals.sum_up("pieces")

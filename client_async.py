@@ -26,6 +26,7 @@ from datetime import datetime
 from typing import TypedDict, cast
 
 import aiohttp
+from aiohttp.http_exceptions import LineTooLong
 
 CONNECT_TIMEOUT = 5.0  # seconds
 STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
@@ -76,7 +77,9 @@ async def read_events(url: str) -> AsyncGenerator[Event]:
             async with open_stream(url, last_event_id) as response:
                 if response.status == 204:  # nothing is left after last_event_id
                     return
-                while line := await read_line(response, deadline):
+                # The last attempt, made at the deadline, has the time to bring an event as well.
+                read_until = max(deadline, time.monotonic() + CONNECT_TIMEOUT)
+                while line := await read_line(response, read_until):
                     event = parse_event(line, url)
                     if event is None or not is_new(event, last_event_id, url):
                         continue
@@ -84,13 +87,13 @@ async def read_events(url: str) -> AsyncGenerator[Event]:
                     if event["is_last_event"]:
                         return
                     last_event_id = event["event_id"]
-                    deadline = time.monotonic() + GIVE_UP_AFTER
+                    deadline = read_until = time.monotonic() + GIVE_UP_AFTER
                     delay = FIRST_DELAY
                 raise ConnectionLost("the server ended it early")
         except ConnectionLost as lost:
             if isinstance(lost, CannotConnect) and not ever_connected:
                 raise StreamError(
-                    f"Cannot connect to {url}: nobody listens there. "
+                    f"Cannot connect to {url}: {lost}. "
                     "Start the server with `uvicorn main:app`, or check the address."
                 ) from lost
             ever_connected = True
@@ -119,27 +122,40 @@ async def open_stream(url: str, last_event_id: int | None) -> AsyncIterator[aioh
     async with aiohttp.ClientSession(timeout=timeout) as session:
         try:
             response = await session.get(url, headers=headers)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise CannotConnect("nobody listens there any more") from error
+        except aiohttp.ClientSSLError as error:
+            raise CannotConnect("the TLS handshake failed") from error
+        except aiohttp.ClientConnectorError as error:
+            raise CannotConnect("nobody listens there") from error
+        except aiohttp.ConnectionTimeoutError as error:
+            raise CannotConnect("nobody answers there") from error
         except TimeoutError as error:
             raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
-        except aiohttp.ClientConnectionError as error:
-            raise ConnectionLost("the connection was cut") from error
+        except aiohttp.TooManyRedirects as error:
+            raise StreamError(f"{url} redirects without end. Check the address.") from error
+        except (aiohttp.ClientConnectionError, aiohttp.ClientResponseError) as error:
+            raise ConnectionLost("the answer was cut off or is no HTTP") from error
         except (aiohttp.ClientError, ValueError) as error:
             raise StreamError(
                 f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/ndjson."
             ) from error
         async with response:
-            status = f"{response.status} {response.reason}"
+            status = f"{response.status} {response.reason}".rstrip()
             if response.status >= 500:
                 raise ConnectionLost(f"the server answered {status}")
             if response.status not in (200, 204):
-                text = (await response.text(errors="replace"))[:300]
                 raise StreamError(
-                    f"{url} answered {status}, not a stream: {text!r}. "
+                    f"{url} answered {status}, not a stream: {await start_of_body(response)!r}. "
                     "Check the address and its parameters."
                 )
             yield response
+
+
+async def start_of_body(response: aiohttp.ClientResponse) -> str:
+    """Return what an answer that is no stream says, or "" if that was cut, stalls or is damaged."""
+    try:
+        return (await response.content.read(300)).decode(errors="ignore")
+    except (aiohttp.ClientError, OSError):
+        return ""
 
 
 async def read_line(response: aiohttp.ClientResponse, deadline: float) -> bytes:
@@ -151,7 +167,12 @@ async def read_line(response: aiohttp.ClientResponse, deadline: float) -> bytes:
         raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
     except TimeoutError as error:  # bytes trickle in, but never a whole event
         raise ConnectionLost("no whole event came in time") from error
-    except (aiohttp.ClientError, OSError) as error:
+    except LineTooLong as error:
+        raise StreamError(
+            f"{response.url} sent a line of over {MAX_LINE} bytes. Check the address."
+        ) from error
+    # RuntimeError is all that aiohttp says of a damaged chunk that came while nobody was reading.
+    except (aiohttp.ClientError, OSError, RuntimeError) as error:
         raise ConnectionLost("the connection was cut") from error
 
 
@@ -166,7 +187,7 @@ def parse_event(line: bytes, url: str) -> Event | None:
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
-        if not line.endswith(b"\n"):
+        if line.startswith(b"{") and not line.endswith(b"\n"):
             return None  # cut in the middle: the event comes again when the stream is resumed
         event = None
     match event:
@@ -240,9 +261,9 @@ def main() -> int:
     except StreamError as error:
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:  # such as `python client_async.py | head -3`
+    except OSError as error:  # such as `python client_async.py | head -3`, or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("Nobody reads the output any more, so nor does this.", file=sys.stderr)
+        print(f"Nobody takes the output any more ({error.strerror}).", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         arrivals.sum_up("events")

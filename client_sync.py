@@ -30,6 +30,7 @@ CONNECT_TIMEOUT = 5.0  # seconds
 STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
 GIVE_UP_AFTER = 30.0  # seconds without a new event
 FIRST_DELAY = 0.2  # seconds before the stream is resumed; each further attempt waits longer
+MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, a line that never ends would take all memory
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,14 @@ def read_events(url: str) -> Iterator[Event]:
             with open_stream(url, last_event_id) as response:
                 if response.status_code == 204:  # nothing is left after last_event_id
                     return
-                body = LiveBody(response, deadline)
+                # The last attempt, made at the deadline, has the time to bring an event as well.
+                body = LiveBody(response, max(deadline, time.monotonic() + CONNECT_TIMEOUT))
                 lines = io.BufferedReader(body, buffer_size=64 * 1024)
-                while line := lines.readline():
+                while line := lines.readline(MAX_LINE):
+                    if len(line) == MAX_LINE:
+                        raise StreamError(
+                            f"{url} sent a line of over {MAX_LINE} bytes. Check the address."
+                        )
                     event = parse_event(line, url)
                     if event is None or not is_new(event, last_event_id, url):
                         continue
@@ -90,7 +96,7 @@ def read_events(url: str) -> Iterator[Event]:
         except ConnectionLost as lost:
             if isinstance(lost, CannotConnect) and not ever_connected:
                 raise StreamError(
-                    f"Cannot connect to {url}: nobody listens there. "
+                    f"Cannot connect to {url}: {lost}. "
                     "Start the server with `uvicorn main:app`, or check the address."
                 ) from lost
             ever_connected = True
@@ -118,25 +124,35 @@ def open_stream(url: str, last_event_id: int | None) -> requests.Response:
         if isinstance(error, requests.ConnectTimeout):
             raise CannotConnect("nobody answers there") from error
         raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
+    except requests.exceptions.SSLError as error:
+        raise CannotConnect("the TLS handshake failed") from error
     except requests.ConnectionError as error:
         if isinstance(error.args[0], MaxRetryError):  # it never got as far as a connection
-            raise CannotConnect("nobody listens there any more") from error
-        raise ConnectionLost("the connection was cut") from error
-    except (requests.RequestException, HTTPError, UnicodeError) as error:
+            raise CannotConnect("nobody listens there") from error
+        raise ConnectionLost("the answer was cut off or is no HTTP") from error
+    except (requests.RequestException, HTTPError, ValueError) as error:
         raise StreamError(
             f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/ndjson."
         ) from error
-    status = f"{response.status_code} {response.reason}"
+    status = f"{response.status_code} {response.reason}".rstrip()
     if response.status_code >= 500:
         response.close()
         raise ConnectionLost(f"the server answered {status}")
     if response.status_code not in (200, 204):
         with response:
             raise StreamError(
-                f"{url} answered {status}, not a stream: {response.text[:300]!r}. "
+                f"{url} answered {status}, not a stream: {start_of_body(response)!r}. "
                 "Check the address and its parameters."
             )
     return response
+
+
+def start_of_body(response: requests.Response) -> str:
+    """Return what an answer that is no stream says, or "" if that was cut, stalls or is damaged."""
+    try:
+        return response.raw.read1(300, decode_content=True).decode(errors="ignore")
+    except (HTTPError, OSError):
+        return ""
 
 
 class LiveBody(io.RawIOBase):
@@ -178,7 +194,7 @@ def parse_event(line: bytes, url: str) -> Event | None:
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
-        if not line.endswith(b"\n"):
+        if line.startswith(b"{") and not line.endswith(b"\n"):
             return None  # cut in the middle: the event comes again when the stream is resumed
         event = None
     match event:
@@ -248,9 +264,9 @@ def main() -> int:
     except StreamError as error:
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:  # such as `python client_sync.py | head -3`
+    except OSError as error:  # such as `python client_sync.py | head -3`, or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("Nobody reads the output any more, so nor does this.", file=sys.stderr)
+        print(f"Nobody takes the output any more ({error.strerror}).", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         arrivals.sum_up("events")
