@@ -14,16 +14,21 @@ The file reads from top to bottom, in the order of the README:
 import asyncio
 import logging
 import math
+import mimetypes
+import re
 import signal
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, Header, Query, Response
+from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
@@ -212,8 +217,8 @@ class Stream(Response):
                 raise
             sender.uncancel()
         except OSError:
-            # The reader is gone, in the words of ASGI 2.4 (hypercorn, granian).
-            # https://asgi.readthedocs.io/en/latest/specs/www.html#disconnected-client-send-exception
+            # The reader is gone, as servers with ASGI 2.4 say it.
+            # https://github.com/django/asgiref/pull/431
             pass
         finally:
             watcher.cancel()
@@ -289,9 +294,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Stop the streams when the server is asked to stop: on Ctrl-C, SIGTERM or `--reload`.
 
     uvicorn tells an app of its shutdown only when all connections are closed, so an open stream
-    would hold it up until the stream's own end. So listen to the same signals and pass them on to
-    the handler that was there: the server still does all that it did before.
-    https://github.com/Kludex/uvicorn/issues/1579
+    holds it up until the stream's own end (https://github.com/sysid/sse-starlette/issues/128). It
+    told `receive` for a while (https://github.com/Kludex/uvicorn/pull/2829), but no longer. So
+    listen to the same signals, and pass them on to the handler that was there: the server still
+    does all that it did before.
     """
     loop = asyncio.get_running_loop()
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -326,7 +332,8 @@ def documented(
 ) -> dict[int | str, Any]:
     """What /docs shows of a stream: its media type, its items, and what its first events look like.
 
-    `itemSchema` is OpenAPI 3.2's for media types that are a sequence of items, section 4.14.3.
+    `itemSchema` is OpenAPI 3.2's, for media types that are a sequence of items:
+    https://learn.openapis.org/specification/media-types
     """
     events = (
         Event(event_id=i, data=f"Step {i + 1} of 2: ☕", is_last_event=i == 1) for i in range(2)
@@ -350,9 +357,66 @@ SSE_SCHEMA = {
 RESUMABLE: dict[int | str, Any] = {204: {"description": "No event is left after `Last-Event-ID`."}}
 
 
-@app.get("/")
-async def index() -> dict[str, Any]:
-    return {"message": "Three streams of the same events.", "streams": ["/text", "/ndjson", "/sse"]}
+# The page lies next to this file. Nothing of it is inline, nothing comes from another host.
+PAGE = Path(__file__).resolve().parent / "page"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",  # keep it, but ask each time whether it has changed
+}
+
+
+class PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+# Windows takes media types from its registry, where another program may have put text/plain.
+mimetypes.add_type("text/javascript", ".js")
+if PAGE.is_dir():
+    app.mount("/page", PageFiles(directory=PAGE))
+
+
+def quality(accept: str, media_type: str) -> float:
+    """How much `Accept` wants a media type, from 0 to 1: its most specific range counts.
+
+    https://www.rfc-editor.org/rfc/rfc9110#section-12.5.1
+    """
+    qualities = {}
+    for item in accept.lower().split(","):
+        media_range, *parameters = (part.strip() for part in item.split(";"))
+        q = next((value[2:] for value in parameters if value.startswith("q=")), "1")
+        qualities[media_range] = float(q) if re.fullmatch(r"[01](\.[0-9]{0,3})?", q) else 0
+    ranges = (media_type, media_type.split("/")[0] + "/*", "*/*")
+    return next((qualities[name] for name in ranges if name in qualities), 0)
+
+
+class Index(BaseModel):
+    """What `/` tells a program."""
+
+    message: str = "Three streams of the same events."
+    streams: list[str] = ["/text", "/ndjson", "/sse"]
+
+
+@app.get(
+    "/",
+    response_model=Index,
+    responses={
+        200: {
+            "description": "The page if `Accept` prefers `text/html`, as a browser's does.",
+            "content": {"text/html": {"schema": {"type": "string"}}},
+        }
+    },
+)
+async def index(request: Request, response: Response) -> Index | FileResponse:
+    """The page that shows the streams live; to a program, which streams there are."""
+    accept = ",".join(request.headers.getlist("accept"))
+    if PAGE.is_dir() and quality(accept, "text/html") > quality(accept, "application/json"):
+        return FileResponse(PAGE / "index.html", headers={"Vary": "Accept", **PAGE_HEADERS})
+    response.headers["Vary"] = "Accept"
+    return Index()
 
 
 @app.get(
