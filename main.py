@@ -8,7 +8,8 @@ The file reads from top to bottom, in the order of the README:
 2. the three formats: pure functions from an event to its bytes on the wire;
 3. the request: its parameters, and how a stream is resumed;
 4. when things end early: readers that go away, a server that is asked to stop;
-5. the endpoints.
+5. the endpoints;
+6. the page that a browser gets at `/`.
 """
 
 import asyncio
@@ -359,6 +360,42 @@ SSE_SCHEMA = {
 RESUMABLE: dict[int | str, Any] = {204: {"description": "No event is left after `Last-Event-ID`."}}
 
 
+@app.get(
+    "/text",
+    response_class=Response,
+    responses=documented(to_text, "text/plain", schema={"type": "string"}),
+)
+async def text(steps: Steps = 10, interval: Interval = 1.0) -> Response:
+    """The events' text, a line each. It cannot be resumed: no id is on the wire to resume by."""
+    return stream_after(None, steps, interval, to_text, "text/plain; charset=utf-8")
+
+
+@app.get(
+    "/ndjson",
+    response_class=Response,
+    responses=documented(to_ndjson, "application/x-ndjson", itemSchema=EVENT_SCHEMA) | RESUMABLE,
+)
+async def ndjson(
+    steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
+) -> Response:
+    """The events as lines of JSON, for programs."""
+    return stream_after(last_event_id, steps, interval, to_ndjson, "application/x-ndjson")
+
+
+@app.get(
+    "/sse",
+    response_class=Response,
+    responses=documented(to_sse, "text/event-stream", itemSchema=SSE_SCHEMA) | RESUMABLE,
+)
+async def sse(
+    steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
+) -> Response:
+    """The events as server-sent events, for a browser's `EventSource`."""
+    return stream_after(last_event_id, steps, interval, to_sse, "text/event-stream")
+
+
+# 6. The page --------------------------------------------------------------------------------------
+
 # The page lies next to this file. Nothing of it is inline, nothing comes from another host.
 PAGE = Path(__file__).resolve().parent / "page"
 PAGE_HEADERS = {
@@ -373,12 +410,6 @@ class PageFiles(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
         return response
-
-
-# Windows takes media types from its registry, where another program may have put text/plain.
-mimetypes.add_type("text/javascript", ".js")
-if PAGE.is_dir():
-    app.mount("/page", PageFiles(directory=PAGE))
 
 
 def quality(accept: str, media_type: str) -> float:
@@ -421,38 +452,10 @@ async def index(request: Request, response: Response) -> Index | FileResponse:
     return Index()
 
 
-@app.get(
-    "/text",
-    response_class=Response,
-    responses=documented(to_text, "text/plain", schema={"type": "string"}),
-)
-async def text(steps: Steps = 10, interval: Interval = 1.0) -> Response:
-    """The events' text, a line each. It cannot be resumed: no id is on the wire to resume by."""
-    return stream_after(None, steps, interval, to_text, "text/plain; charset=utf-8")
-
-
-@app.get(
-    "/ndjson",
-    response_class=Response,
-    responses=documented(to_ndjson, "application/x-ndjson", itemSchema=EVENT_SCHEMA) | RESUMABLE,
-)
-async def ndjson(
-    steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
-) -> Response:
-    """The events as lines of JSON, for programs."""
-    return stream_after(last_event_id, steps, interval, to_ndjson, "application/x-ndjson")
-
-
-@app.get(
-    "/sse",
-    response_class=Response,
-    responses=documented(to_sse, "text/event-stream", itemSchema=SSE_SCHEMA) | RESUMABLE,
-)
-async def sse(
-    steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
-) -> Response:
-    """The events as server-sent events, for a browser's `EventSource`."""
-    return stream_after(last_event_id, steps, interval, to_sse, "text/event-stream")
+# Windows takes media types from its registry, where another program may have put text/plain.
+mimetypes.add_type("text/javascript", ".js")
+if PAGE.is_dir():
+    app.mount("/page", PageFiles(directory=PAGE))
 
 
 if __name__ == "__main__":
