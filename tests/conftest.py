@@ -1,6 +1,7 @@
 """What the tests share: a real server in a process of its own, and clients run as people do."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 60.0  # seconds that anything may take before a test calls it stuck
+# With it, output would be live even where a program forgets to flush.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
@@ -40,9 +44,14 @@ def need(program: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port of 127.0.0.1 that nobody listens on.
+
+    Below those that the kernel hands out (32768 and up), or another test might get it first.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Process:
@@ -64,7 +73,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                **{"cwd": ROOT, **self.options},
+                **{"cwd": ROOT, "env": ENVIRONMENT, **self.options},
             )
         self.wait_until_listening()
 
@@ -157,5 +166,5 @@ def run_client(script: str, *arguments: str, **options: Any) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=LIMIT * 2,
-        **options,
+        **{"env": ENVIRONMENT, **options},
     )

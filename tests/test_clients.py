@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import LIMIT, ROOT, Process, free_port, run_client, wait_for
+from conftest import ENVIRONMENT, LIMIT, ROOT, Process, free_port, run_client, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wrong_servers import (
@@ -71,8 +71,7 @@ class Running:
         self.err = folder / f"{client}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             command = [sys.executable, str(ROOT / f"{client}.py"), *arguments]
-            environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
 
     def wait_for_lines(self, count: int) -> list[str]:
         """Return the lines on standard output, once there are `count` of them."""

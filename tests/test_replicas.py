@@ -446,6 +446,12 @@ def test_a_stream_that_is_silent_for_10_seconds_is_not_cut(deployment: Deploymen
     assert "broke off" not in done.stderr
 
 
+def test_a_redirect_leads_to_the_proxy(deployment: Deployment) -> None:
+    """And not to a server behind it, whose address no reader can reach."""
+    response = requests.get(f"{deployment.url}/sse/", allow_redirects=False, timeout=LIMIT)
+    assert response.headers["Location"] == f"{deployment.url}/sse"
+
+
 def test_workers_without_a_proxy(start: Start, browser: Browser) -> None:
     """On one machine `--workers` does the same: uvicorn starts the ones anew that die."""
     # On a busy machine a worker needs more than the 5 s after which it is taken for a hung one.
