@@ -21,6 +21,18 @@ LIMIT = 60.0  # seconds that anything may take before a test calls it stuck
 # With it, output would be live even where a program forgets to flush.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
+# For `--log-config`: main.py's generator tells at DEBUG when it is closed.
+LOG_CONFIG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "loggers": {
+        name: {"handlers": ["stderr"], "level": level}
+        for name, level in {"uvicorn": "INFO", "main": "DEBUG", "others": "DEBUG"}.items()
+    },
+}
+
 
 def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
     """Return the first true value of `condition()`; fail if none comes within `limit` seconds."""

@@ -25,24 +25,13 @@ import aiohttp
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # pytest sets it; run by hand, only tests/ is there
 
-from conftest import Process, free_port, wait_for  # noqa: E402
+from conftest import LOG_CONFIG, Process, free_port, wait_for  # noqa: E402
 from raw_reader import RawReader, many_descriptors, read_until, wait_until_idle  # noqa: E402
 
 import client_async  # noqa: E402
 import client_sync  # noqa: E402
 
 PATIENCE = 60.0  # seconds that a reader tries to get what is missing
-
-LOG_CONFIG = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
-    "loggers": {
-        name: {"handlers": ["stderr"], "level": level}
-        for name, level in {"uvicorn": "INFO", "main": "DEBUG", "others": "DEBUG"}.items()
-    },
-}
 
 # The servers: the file, the app in it, the path of the stream.
 OURS = "main.py"

@@ -13,25 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, UVICORN, Process, Start, free_port, need, wait_for
+from conftest import LOG_CONFIG, ROOT, UVICORN, Process, Start, free_port, need, wait_for
 from raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
 
 # These load the server as hard as they can: not two of them at once.
 pytestmark = pytest.mark.xdist_group("readers")
 
 STUCK = "/ndjson?steps=100000&interval=0"  # a reader that does not read this blocks its sending
-
-# main.py's generator tells at DEBUG when it is closed.
-LOG_CONFIG = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
-    "loggers": {
-        "uvicorn": {"handlers": ["stderr"], "level": "INFO"},
-        "main": {"handlers": ["stderr"], "level": "DEBUG"},
-    },
-}
 
 
 @pytest.fixture

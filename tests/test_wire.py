@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import UVICORN, Process, Start, wait_for
+from conftest import LOG_CONFIG, UVICORN, Process, Start, wait_for
 
 STREAMS = {
     "/text": "text/plain; charset=utf-8",
@@ -210,14 +210,6 @@ def test_http_1_0_reader_gets_the_stream(shared_server: Process) -> None:
         while piece := reader.recv(65536):
             answer += piece
     assert answer.count("☕".encode()) == 3
-
-
-LOG_CONFIG = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "handlers": {"console": {"class": "logging.StreamHandler"}},
-    "loggers": {"main": {"handlers": ["console"], "level": "DEBUG"}},
-}
 
 
 @pytest.mark.parametrize("how", ["sleeping", "sending"])
