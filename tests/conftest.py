@@ -1,138 +1,12 @@
-"""What the tests share: a real server in a process of its own, and clients run as people do."""
+"""The fixtures of all tests: servers that are started for one test, and stopped after it."""
 
-import os
-import random
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LIMIT = 60.0  # seconds that anything may take before a test calls it stuck
-# With it, output would be live even where a program forgets to flush.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-
-# For `--log-config`: main.py's generator tells at DEBUG when it is closed.
-LOG_CONFIG = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
-    "loggers": {
-        name: {"handlers": ["stderr"], "level": level}
-        for name, level in {"uvicorn": "INFO", "main": "DEBUG", "others": "DEBUG"}.items()
-    },
-}
-
-
-def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """Return the first true value of `condition()`; fail if none comes within `limit` seconds."""
-    end = time.monotonic() + limit
-    while not (value := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"waited {limit:.0f} s in vain for {what}")
-        time.sleep(0.01)
-    return value
-
-
-def need(program: str, package: str) -> str:
-    """Return the path of a program; without it skip the test, or with CI=true fail it."""
-    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
-    if path:
-        return path
-    message = f"{program} is not installed: apt-get install {package}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on.
-
-    Below those that the kernel hands out (32768 and up), or another test might get it first.
-    """
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
-class Process:
-    """A server in a process (and process group) of its own, and what it has printed so far."""
-
-    def __init__(self, command: list[str], log: Path, port: int, **options: Any) -> None:
-        self.command = command
-        self.log_file = log
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
-        self.options = options
-        self.start()
-
-    def start(self) -> None:
-        """Start it, for the first time or again, and wait until it listens."""
-        with self.log_file.open("ab") as log:
-            self.popen = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **{"cwd": ROOT, "env": ENVIRONMENT, **self.options},
-            )
-        self.wait_until_listening()
-
-    def wait_until_listening(self) -> None:
-        def listening() -> bool:
-            if self.popen.poll() is not None:
-                pytest.fail(f"{self.command} ended at once:\n{self.log}")
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-        wait_for(listening, f"{self.command} to listen")
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text()
-
-    def wait_for_log(self, pattern: str, count: int = 1) -> list[str]:
-        """Return the matches of `pattern` in the log, once there are `count` of them."""
-
-        def matches() -> list[str] | None:
-            found = re.findall(pattern, self.log)
-            return found if len(found) >= count else None
-
-        return list(wait_for(matches, f"{count} × {pattern!r} in the log"))
-
-    def signal(self, signum: int, everyone: bool = False) -> None:
-        """Send a signal to the process, or to its whole group, as Ctrl-C in a terminal does."""
-        (os.killpg if everyone else os.kill)(self.pid, signum)
-
-    def wait(self) -> int:
-        """Wait until the process has ended; return its exit status (-n: killed by signal n)."""
-        return self.popen.wait(LIMIT)
-
-    def kill(self) -> None:
-        """Pull the plug: kill -9 for the process and all that it has started."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.popen.wait(LIMIT)
-
-
-Start = Callable[..., Process]
+from tests.support.processes import UVICORN, Process, Start, free_port
 
 
 @pytest.fixture
@@ -152,9 +26,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.kill()
 
 
-UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
-
-
 @pytest.fixture
 def server(start: Start) -> Process:
     """The server as a person runs it, on a port of its own."""
@@ -169,14 +40,3 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]
     process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
     yield process
     process.kill()
-
-
-def run_client(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a client to its end; return its exit status, standard output and standard error."""
-    return subprocess.run(
-        [sys.executable, ROOT / script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT * 2,
-        **{"env": ENVIRONMENT, **options},
-    )

@@ -1,0 +1,837 @@
+"""The three clients: what a person sees of them, and what a program that uses them gets."""
+
+import ast
+import asyncio
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.processes import (
+    ENVIRONMENT,
+    LIMIT,
+    ROOT,
+    Process,
+    free_port,
+    run_client,
+    wait_for,
+)
+from tests.support.wrong_servers import (
+    CHUNKED,
+    CLOSED,
+    END,
+    GZIPPED,
+    STREAM,
+    Answer,
+    Connection,
+    Gzip,
+    chunk,
+    error,
+    event,
+    events,
+    load,
+    read,
+    wrong_server,
+)
+
+LINE_READERS = ["client_sync", "client_async"]
+CLIENTS = ["client", *LINE_READERS]
+all_clients = pytest.mark.parametrize("client", CLIENTS)
+both_line_readers = pytest.mark.parametrize("client", LINE_READERS)
+
+TIME = r"\d\d:\d\d:\d\d\.\d{3}"
+WHOLE = CHUNKED + chunk(events(0, 10)) + END
+ALL = list(range(10))
+
+
+def path_of(client: str) -> str:
+    return "/text" if client == "client" else "/ndjson"
+
+
+def first_two(client: str) -> list[bytes]:
+    """Two pieces of a stream, an A and a B; each is one arrival for this client."""
+    return [b"A\n", b"B\n"] if client == "client" else [event(0, 2, "A"), event(1, 2, "B")]
+
+
+# Helpers ------------------------------------------------------------------------------------------
+
+
+class Running:
+    """A client in a process of its own, and what it has printed so far."""
+
+    def __init__(self, folder: Path, client: str, *arguments: str) -> None:
+        self.out = folder / f"{client}.out"
+        self.err = folder / f"{client}.err"
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            command = [sys.executable, str(ROOT / f"{client}.py"), *arguments]
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
+
+    def wait_for_lines(self, count: int) -> list[str]:
+        """Return the lines on standard output, once there are `count` of them."""
+
+        def lines() -> list[str] | None:
+            found = self.out.read_text().splitlines()
+            return found if len(found) >= count else None
+
+        return list(wait_for(lines, f"{count} lines from {self.popen.args!r}"))
+
+    def wait(self) -> int:
+        return self.popen.wait(LIMIT)
+
+    @property
+    def errors(self) -> list[str]:
+        return self.err.read_text().splitlines()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Start clients: `run(client, url)`."""
+    running: list[Running] = []
+
+    def run(client: str, *arguments: str) -> Running:
+        running.append(Running(tmp_path, client, *arguments))
+        return running[-1]
+
+    yield run
+    for client in running:
+        client.popen.kill()
+        client.popen.wait(LIMIT)
+
+
+Run = Callable[..., Running]
+
+
+class Printed(NamedTuple):
+    status: int
+    out: list[str]
+    err: list[str]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a client's `main()` in this process: quicker, and its constants can be changed."""
+
+    def main(client: str, url: str, **constants: float) -> Printed:
+        # Without pytest's handlers a warning goes where a person sees it.
+        monkeypatch.setattr(logging.getLogger(client), "propagate", False)
+        monkeypatch.setattr(sys, "argv", [f"{client}.py", url])
+        status = load(client, **constants).main()
+        out, err = capfd.readouterr()
+        return Printed(status, out.splitlines(), err.splitlines())
+
+    return main
+
+
+Main = Callable[..., Printed]
+
+
+# Giving up: the longest test begins first --------------------------------------------------------
+
+
+def test_thirty_seconds_without_an_event_end_it(run: Run) -> None:
+    """The scripts as they are: they wait longer each time, and try for the last time at the end."""
+
+    def answer(connection: Connection) -> None:
+        if connection.number == 1:
+            connection.send(CHUNKED + chunk(events(0, 4)) + END)
+        else:
+            connection.send(error("503 Service Unavailable"))
+
+    with wrong_server(answer) as one, wrong_server(answer) as other:
+        servers = dict(zip(LINE_READERS, (one, other), strict=True))
+        clients = {client: run(client, server.url) for client, server in servers.items()}
+        assert [client.wait() for client in clients.values()] == [1, 1]
+    for name, client in clients.items():
+        attempts = [
+            connection.time - servers[name].connections[0].time
+            for connection in servers[name].connections
+        ]
+        waits = [later - earlier for earlier, later in pairwise(attempts)]
+        *growing, _ = waits  # the last one is cut short by the end
+        # Each wait is half as long again as the one before; compared with the one before that, a
+        # busy machine cannot blur it.
+        assert all(wait > waits[i] for i, wait in enumerate(growing[2:])), waits
+        assert len(attempts) > 8
+        assert 29.5 < attempts[-1] < 29.5 + 10
+        warning, sentence = client.errors
+        assert warning.startswith("The stream broke off after event 3 (")
+        assert sentence == (
+            f"Gave up after event 3: {servers[name].url} sent no new event for 30 seconds, at last "
+            "because the server answered 503 Service Unavailable. Check the server, then try again."
+        )
+
+
+# What a person sees -------------------------------------------------------------------------------
+
+
+@all_clients
+def test_copied_away_prints_each_arrival_and_sums_up(
+    client: str, shared_server: Process, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / f"{client}.py", tmp_path)
+    url = f"{shared_server.url}{path_of(client)}?interval=0.01"
+    copy = subprocess.run(
+        [sys.executable, f"{client}.py", url],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert copy.returncode == 0, copy.stderr
+    arrivals = [re.fullmatch(rf"{TIME}  (.*)", line) for line in copy.stdout.splitlines()]
+    assert all(arrivals), copy.stdout
+    shown = [arrival[1] for arrival in arrivals if arrival]
+    if client == "client":
+        parts = [re.fullmatch(r"(b'.*'|b\".*\") +('.*'|\".*\")", line) for line in shown]
+        pieces, texts = zip(*((ast.literal_eval(p[1]), p[2]) for p in parts if p), strict=True)
+        expected = "".join(f"Step {i + 1} of 10: ☕\n" for i in range(10))
+        assert b"".join(pieces).decode() == expected
+        assert "".join(map(ast.literal_eval, texts)) == expected
+        assert max(map(len, pieces)) == 16
+        # The cut through the first cup is shown, and the cup is put together again.
+        assert (pieces[0], texts[0]) == (b"Step 1 of 10: \xe2\x98", "'Step 1 of 10: '")
+        assert texts[1] == r"'☕\n'"
+        assert "\ufffd" not in copy.stdout
+    else:
+        assert [json.loads(line)["event_id"] for line in shown] == ALL
+        assert "☕" in shown[0]
+    what = "pieces" if client == "client" else "events"
+    summary = rf"{len(shown)} {what} in \d+\.\d\d s, the first after \d+\.\d\d s\.\n"
+    assert re.fullmatch(summary, copy.stderr)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "gzip", "length", "closed"])
+@all_clients
+def test_live(client: str, framing: str, run: Run) -> None:
+    """An arrival is printed before the next one is sent, however the body is framed."""
+    send_next = threading.Semaphore(0)
+    pieces = first_two(client)
+    gzip = Gzip()
+    head, frame, end = {
+        "chunked": (CHUNKED, chunk, END),
+        "gzip": (GZIPPED, lambda piece: chunk(gzip(piece)), END),
+        "length": (STREAM + b"Content-Length: %d\r\n\r\n" % sum(map(len, pieces)), bytes, b""),
+        "closed": (CLOSED, bytes, b""),
+    }[framing]
+
+    def answer(connection: Connection) -> None:
+        connection.send(head)
+        for piece in pieces:
+            send_next.acquire(timeout=LIMIT)
+            connection.send(frame(piece))
+        connection.send(end)
+
+    with wrong_server(answer) as server:
+        running = run(client, server.url)
+        for count, letter in enumerate("AB", 1):
+            sent = datetime.now().time().isoformat("milliseconds")
+            send_next.release()
+            lines = running.wait_for_lines(count)
+            seen = datetime.now().time().isoformat("milliseconds")
+            assert letter in lines[-1]
+            if sent < seen:  # not so at midnight
+                assert sent <= lines[-1][:12] <= seen
+        assert running.wait() == 0
+
+
+@all_clients
+def test_says_when_something_held_the_stream_back(client: str, main: Main) -> None:
+    def all_at_the_end(connection: Connection) -> None:
+        connection.send(CHUNKED)
+        time.sleep(1.2)
+        connection.send(b"".join(map(chunk, first_two(client))) + END)
+
+    with wrong_server(all_at_the_end) as server:
+        printed = main(client, server.url)
+    assert printed.status == 0
+    assert "something on the way held the stream back" in printed.err[-1]
+
+
+@all_clients
+def test_says_nothing_when_nothing_held_the_stream_back(client: str, main: Main) -> None:
+    first, second = first_two(client)
+
+    def slow(connection: Connection) -> None:
+        connection.send(CHUNKED + chunk(first))
+        time.sleep(1.2)
+        connection.send(chunk(second) + END)
+
+    def late_but_quick(connection: Connection) -> None:
+        connection.send(CHUNKED)
+        time.sleep(0.2)
+        connection.send(chunk(first + second) + END)
+
+    for answer in (slow, late_but_quick):
+        with wrong_server(answer) as server:
+            printed = main(client, server.url)
+        assert printed.status == 0
+        assert "held" not in printed.err[-1]
+
+
+@all_clients
+def test_nobody_listening_is_told_at_once(client: str) -> None:
+    process = run_client(f"{client}.py", f"http://127.0.0.1:{free_port()}{path_of(client)}")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert re.fullmatch(
+        r"Cannot connect to http://\S+: nobody listens there. "
+        r"Start the server with `uvicorn main:app`, or check the address.\n",
+        process.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8000",
+        "ftp://localhost/",
+        "http://",
+        "http://localhost:99999/",
+        "http://localhost:no/",
+        "http://[::1/",
+        "http://.example.com/",
+        f"http://{'a' * 70}.com/",
+        "http://\udcff/",
+        "http://no-such-host.invalid/",
+    ],
+)
+@all_clients
+def test_a_wrong_address_is_told_at_once(client: str, url: str, main: Main) -> None:
+    printed = main(client, url, FIRST_DELAY=LIMIT) if client != "client" else main(client, url)
+    assert (printed.status, printed.out) == (1, [])
+    (sentence,) = printed.err
+    assert re.fullmatch(r"Cannot (read|connect to) .* (Expected|or check) .+", sentence)
+
+
+@all_clients
+def test_https_to_a_plain_port(client: str, main: Main, shared_server: Process) -> None:
+    printed = main(client, shared_server.url.replace("http", "https"))
+    assert (printed.status, len(printed.err)) == (1, 1)
+    assert "TLS" in printed.err[0]
+
+
+@all_clients
+def test_bad_parameters_are_told_with_the_servers_words(
+    client: str, main: Main, shared_server: Process
+) -> None:
+    printed = main(client, f"{shared_server.url}{path_of(client)}?steps=0")
+    assert (printed.status, printed.out, len(printed.err)) == (1, [], 1)
+    assert "422 Unprocessable" in printed.err[0]
+    assert "greater than or equal to 1" in printed.err[0]
+
+
+@all_clients
+def test_ctrl_c(client: str, run: Run) -> None:
+    def answer(connection: Connection) -> None:
+        connection.send(CHUNKED + chunk(first_two(client)[0]))
+        connection.wait_until_closed()
+
+    with wrong_server(answer) as server:
+        running = run(client, server.url)
+        running.wait_for_lines(1)
+        running.popen.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+        wait_for(lambda: server.connections[0].closed, "the server to see that the client is gone")
+    (summary,) = running.errors
+    assert re.fullmatch(r"1 (events|pieces) in .* s\.", summary)
+
+
+@both_line_readers
+def test_ctrl_c_while_waiting_to_resume(client: str, run: Run) -> None:
+    with wrong_server(error("503 Service Unavailable")) as server:
+        running = run(client, server.url)
+        wait_for(lambda: len(server.connections) > 3, "some attempts")
+        running.popen.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+    assert len(running.errors) == 2  # the warning and the summary
+    assert re.fullmatch(r"0 events in .* s\.", running.errors[-1])
+
+
+@all_clients
+def test_head_ends_it_without_a_traceback(client: str, shared_server: Process) -> None:
+    url = f"{shared_server.url}{path_of(client)}?interval=0.01"
+    command = f"{sys.executable} {ROOT}/{client}.py '{url}' | head -2; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert process.returncode == 1
+    assert len(process.stdout.splitlines()) == 2
+    assert process.stderr == "Nobody takes the output any more (Broken pipe).\n"
+
+
+@all_clients
+def test_full_disk_ends_it_without_a_traceback(client: str) -> None:
+    with wrong_server(WHOLE) as server, Path("/dev/full").open("wb") as full:
+        process = subprocess.run(
+            [sys.executable, ROOT / f"{client}.py", server.url],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+        )
+    assert process.returncode == 1
+    assert process.stderr == "Nobody takes the output any more (No space left on device).\n"
+
+
+@all_clients
+def test_a_terminal_that_is_not_utf8(client: str, shared_server: Process) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    url = f"{shared_server.url}{path_of(client)}?interval=0"
+    process = run_client(f"{client}.py", url, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert r"\u2615" in process.stdout
+
+
+@all_clients
+def test_help(client: str) -> None:
+    process = run_client(f"{client}.py", "--help")
+    assert process.returncode == 0
+    assert "Exit status: 0 read to the end, 1 not (one line says why), 130" in process.stdout
+    assert f"http://localhost:8000{path_of(client)}" in process.stdout
+
+
+# client.py: what goes wrong -----------------------------------------------------------------------
+
+
+def stall(head: bytes) -> Answer:
+    """An answer that begins so, and then stays open and silent."""
+
+    def answer(connection: Connection) -> None:
+        connection.send(head)
+        connection.wait_until_closed()
+
+    return answer
+
+
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\n"
+ERRORS: dict[str, tuple[Answer | bytes, str]] = {
+    "404": (error("404 Not Found"), "answered 404 Not Found, not a stream: 'it is broken'"),
+    "404 without a reason": (error("404"), "answered 404, not a stream"),
+    "404 cut": (NOT_FOUND + b"Content-Length: 9\r\n\r\nabc", "answered 404 Not Found"),
+    "404 stalled": (stall(NOT_FOUND + b"Content-Length: 9\r\n\r\n"), "answered 404 Not Found"),
+    "404 endless": (stall(NOT_FOUND + b"\r\nabc"), "answered 404 Not Found, not a stream: 'abc'"),
+    "404 no gzip": (
+        error("404 Not Found", b"abc", b"Content-Encoding: gzip\r\n"),
+        "answered 404 Not Found, not a stream: ''",
+    ),
+    "404 odd charset": (
+        error("404 Not Found", b"abc", b"Content-Type: text/plain; charset=rot13\r\n"),
+        "answered 404 Not Found, not a stream: 'abc'",
+    ),
+    "304": (b"HTTP/1.1 304 Not Modified\r\n\r\n", "answered 304 Not Modified"),
+    "301 to nowhere": (error("301 Moved Permanently"), "answered 301 Moved Permanently"),
+    "302 to itself": (error("302 Found", headers=b"Location: /\r\n"), r"redirect"),
+    "302 to no address": (error("302 Found", headers=b"Location: http://[::1\r\n"), "Cannot read"),
+    "302 to nobody": (
+        error("302 Found", headers=b"Location: http://127.0.0.1:1/\r\n"),
+        "nobody listens there",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+@all_clients
+def test_an_answer_that_is_no_stream_is_told_at_once(client: str, case: str, main: Main) -> None:
+    answer, sentence = ERRORS[case]
+    with wrong_server(answer) as server:
+        printed = main(client, server.url, STALL_TIMEOUT=2.0)
+        redirected = case == "302 to itself"
+        assert redirected or len(server.connections) == 1
+    assert (printed.status, printed.out, len(printed.err)) == (1, [], 1)
+    assert sentence in printed.err[0]
+    assert server.url in printed.err[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (error("503 Service Unavailable"), "answered 503 Service Unavailable"),
+        (CHUNKED + chunk(b"Step 1") + b"9\r\nSte", "cut off in mid-stream"),
+        (STREAM + b"Content-Length: 99\r\n\r\nStep 1", "cut off in mid-stream"),
+        (GZIPPED + chunk(b"this is not gzip") + END, "cut off in mid-stream"),
+        (CHUNKED + chunk(b"Step 1") + b"zz\r\n", "cut off in mid-stream"),
+        (CLOSED + b"Step \xff", "no UTF-8"),
+        (CLOSED + b"Step 1: \xe2\x98", "no UTF-8"),  # ends in the middle of a character
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "is no HTTP"),
+        (b"", "is no HTTP"),
+        (stall(CHUNKED + chunk(b"Step 1")), "sent nothing for"),
+    ],
+)
+def test_client_tells_why_it_could_not_read_on(
+    answer: Answer | bytes, sentence: str, main: Main
+) -> None:
+    with wrong_server(answer) as server:
+        printed = main("client", server.url, STALL_TIMEOUT=2.0)
+        assert len(server.connections) == 1
+    assert (printed.status, len(printed.err)) == (1, 1)
+    assert sentence in printed.err[0]
+
+
+# The line readers: what goes wrong ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"<html>\n",
+        b"<html>",  # ... whose last line has no end
+        b'{"message": "hello"}\n',
+        b'{"message": "hello"}',
+        b"[]\n",
+        b"[" * 100_000 + b"\n",
+        b'{"event_id": NaN, "data": "", "is_last_event": false}\n',
+        b'{"event_id": 1e999, "data": "", "is_last_event": false}\n',
+        b'{"event_id": %s, "data": "", "is_last_event": false}\n' % (b"1" * 5000),
+        b'{"event_id": 0, "data": "\xff", "is_last_event": false}\n',
+        b"\0\n",
+    ],
+    ids=lambda line: repr(line[:40]),
+)
+@both_line_readers
+def test_a_line_that_is_no_event_is_told_at_once(client: str, line: bytes, main: Main) -> None:
+    with wrong_server(CHUNKED + chunk(line) + END) as server:
+        printed = main(client, server.url)
+        assert len(server.connections) == 1
+    assert (printed.status, printed.out, len(printed.err)) == (1, [], 1)
+    assert f"{server.url} sent a line that is no event: b" in printed.err[0]
+
+
+@both_line_readers
+def test_a_missing_event_is_told(client: str, main: Main) -> None:
+    with wrong_server(CHUNKED + chunk(event(0) + event(2)) + END) as server:
+        printed = main(client, server.url)
+    assert (printed.status, len(printed.out), len(printed.err)) == (1, 1, 1)
+    assert "sent event 2 where event 1 was expected: events are lost" in printed.err[0]
+
+
+DAMAGED: dict[str, Answer | bytes] = {
+    "server error": error("500 Internal Server Error"),
+    "server error without a reason": error("500 "),
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "nothing": b"",
+    "status line": b"HTTP/1.1 abc OK\r\n\r\n",
+    "long header": STREAM + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+    "many headers": STREAM + b"X: y\r\n" * 200 + b"\r\n",
+    "chunk size": CHUNKED + b"zz\r\n",
+    "gzip": GZIPPED + chunk(b"this is not gzip") + END,
+    "event ids": CHUNKED + chunk(b'{"event_id": -1, "data": "", "is_last_event": false}\n') + END,
+    "blank lines": CHUNKED + chunk(b"\n\n\n") + END,
+    "no line": CHUNKED + END,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@both_line_readers
+def test_a_damaged_answer_is_tried_again_until_it_gives_up(
+    client: str, case: str, main: Main
+) -> None:
+    with wrong_server(DAMAGED[case]) as server:
+        printed = main(client, server.url, FIRST_DELAY=0.02, GIVE_UP_AFTER=0.5)
+        assert len(server.connections) > 1
+    assert (printed.status, printed.out) == (1, [])
+    warning, sentence = printed.err
+    assert warning.startswith("The stream broke off at the start (")
+    assert f"Gave up at the start: {server.url} sent no new event for " in sentence
+
+
+@both_line_readers
+def test_damage_in_mid_stream(client: str) -> None:
+    """Chunks that go bad after a whole event, while the program is busy with that event."""
+    module = load(client, FIRST_DELAY=0.01, GIVE_UP_AFTER=5.0)
+
+    def answer(connection: Connection) -> None:
+        connection.send(CHUNKED + chunk(event(connection.first)))
+        if connection.first < 9:
+            time.sleep(0.02)
+            connection.send(b"zz\r\n")
+
+    async def busy_program(url: str) -> list[int]:
+        ids = []
+        async for item in module.read_events(url):
+            ids.append(item["event_id"])
+            await asyncio.sleep(0.1)
+        return ids
+
+    with wrong_server(answer) as server:
+        if client == "client_sync":
+            assert read(module, server.url) == (ALL, None)
+        else:
+            assert asyncio.run(busy_program(server.url)) == ALL
+
+
+CUTS: dict[str, Callable[[bytes, bytes], bytes]] = {
+    # Each sends whole events and then half of the next one, as far as into the middle of its ☕.
+    "chunked, between chunks": lambda whole, half: CHUNKED + chunk(whole) + chunk(half),
+    "chunked, in a chunk": lambda whole, half: CHUNKED + b"999\r\n" + whole + half,
+    "length": lambda whole, half: STREAM + b"Content-Length: 2457\r\n\r\n" + whole + half,
+    "closed": lambda whole, half: CLOSED + whole + half,
+    "a proper end": lambda whole, half: CHUNKED + chunk(whole) + chunk(half) + END,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@both_line_readers
+def test_cut_in_a_line_and_in_a_character_it_resumes(client: str, cut: str, main: Main) -> None:
+    def answer(connection: Connection) -> None:
+        if connection.number > 1:
+            connection.send(CHUNKED + chunk(events(connection.first, 10)) + END)
+            return
+        half = event(3).split(b"\x98")[0]
+        assert half.endswith(b"\xe2")
+        connection.send(CUTS[cut](events(0, 3), half))
+
+    with wrong_server(answer) as server:
+        printed = main(client, server.url)
+        assert "last-event-id" not in server.connections[0].headers
+        assert [c.headers["last-event-id"] for c in server.connections[1:]] == ["2"]
+    assert printed.status == 0
+    assert [json.loads(line.split("  ")[1])["event_id"] for line in printed.out] == ALL
+    warning, summary = printed.err
+    assert warning.startswith("The stream broke off after event 2 (")
+    assert summary.startswith("10 events in ")
+
+
+@both_line_readers
+def test_server_errors_on_reconnecting_are_tried_again(client: str, main: Main) -> None:
+    def answer(connection: Connection) -> None:
+        if connection.number in (2, 3):
+            connection.send(error("500 Internal Server Error"))
+        else:
+            stop = 4 if connection.number == 1 else 10
+            connection.send(CHUNKED + chunk(events(connection.first, stop)) + END)
+
+    with wrong_server(answer) as server:
+        printed = main(client, server.url, FIRST_DELAY=0.01)
+        assert [c.headers.get("last-event-id") for c in server.connections] == [None, "3", "3", "3"]
+    assert (printed.status, len(printed.out)) == (0, 10)
+    assert len(printed.err) == 2  # one warning, although three attempts were needed
+
+
+@both_line_readers
+def test_client_errors_on_reconnecting_are_told_at_once(client: str, main: Main) -> None:
+    def answer(connection: Connection) -> None:
+        first = CHUNKED + chunk(events(0, 4)) + END
+        connection.send(first if connection.number == 1 else error("410 Gone"))
+
+    with wrong_server(answer) as server:
+        printed = main(client, server.url, FIRST_DELAY=0.01)
+        assert len(server.connections) == 2
+    assert (printed.status, len(printed.out)) == (1, 4)
+    assert "answered 410 Gone" in printed.err[-1]
+
+
+@both_line_readers
+def test_a_server_that_begins_anew(client: str) -> None:
+    """It ignores Last-Event-ID; even so each event comes once."""
+
+    def answer(connection: Connection) -> None:
+        connection.send(CHUNKED + chunk(events(0, 4 * connection.number)[:-9]) + END)
+
+    module = load(client, FIRST_DELAY=0.01)
+    with wrong_server(answer) as server:
+        assert read(module, server.url) == (ALL, None)
+        assert len(server.connections) == 3
+
+
+@both_line_readers
+def test_no_content_ends_the_stream(client: str, main: Main) -> None:
+    no_content = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+    def after_four_events(connection: Connection) -> None:
+        first = CHUNKED + chunk(events(0, 4)) + END
+        connection.send(first if connection.number == 1 else no_content)
+
+    for answer, count in ((no_content, 0), (after_four_events, 4)):
+        with wrong_server(answer) as server:
+            printed = main(client, server.url)
+        assert (printed.status, len(printed.out)) == (0, count)
+        assert printed.err[-1].startswith(f"{count} events in ")
+
+
+@both_line_readers
+def test_redirects_are_followed_with_the_place_to_resume(client: str) -> None:
+    def answer(connection: Connection) -> None:
+        if connection.path == "/ndjson":
+            connection.send(error("307 Temporary Redirect", headers=b"Location: /moved\r\n"))
+        else:
+            stop = 10 if connection.first else 4
+            connection.send(CHUNKED + chunk(events(connection.first, stop)) + END)
+
+    with wrong_server(answer) as server:
+        assert read(load(client), server.url) == (ALL, None)
+        seen = [(c.path, c.headers.get("last-event-id")) for c in server.connections]
+    assert seen == [("/ndjson", None), ("/moved", None), ("/ndjson", "3"), ("/moved", "3")]
+
+
+@pytest.mark.parametrize("size", [100, 65_536, 10_000_000])
+@both_line_readers
+def test_a_long_line_is_read_whole(client: str, size: int) -> None:
+    """A line of 1 MB, in pieces of this size."""
+    data = "☕" * 350_000
+    line = event(0, 1, data)
+
+    def answer(connection: Connection) -> None:
+        connection.send(CHUNKED)
+        for i in range(0, len(line), size):
+            connection.send(chunk(line[i : i + size]))
+
+    async def read_async(url: str) -> list[Any]:
+        return [item async for item in module.read_events(url)]
+
+    module = load(client)
+    with wrong_server(answer) as server:
+        if client == "client_sync":
+            items = list(module.read_events(server.url))
+        else:
+            items = asyncio.run(read_async(server.url))
+    assert items == [{"event_id": 0, "data": data, "is_last_event": True}]
+
+
+@both_line_readers
+def test_a_line_without_end_is_told(client: str, main: Main) -> None:
+    def answer(connection: Connection) -> None:
+        connection.send(CLOSED + b'{"event_id": 0, "data": "')
+        while True:
+            connection.send(b"x" * 65_536)
+
+    with wrong_server(answer) as server:
+        printed = main(client, server.url, MAX_LINE=1_000_000)
+    assert (printed.status, len(printed.err)) == (1, 1)
+    assert f"{server.url} sent a line of " in printed.err[0]
+
+
+@both_line_readers
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_answer_is_a_traceback(client: str, data: st.DataObject) -> None:
+    """Whatever bytes come, the events are the first ones in order, or one sentence says why."""
+    whole = data.draw(st.sampled_from([WHOLE, CHUNKED + chunk(event(0)) + chunk(events(1, 10))]))
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, min(start + 20, len(whole))))
+    answer = whole[:start] + data.draw(st.binary(max_size=20)) + whole[stop:]
+    module = load(
+        client, FIRST_DELAY=0.01, STALL_TIMEOUT=0.1, GIVE_UP_AFTER=0.1, CONNECT_TIMEOUT=0.1
+    )
+    with wrong_server(answer) as server:
+        ids, sentence = read(module, server.url)
+    assert ids == ALL[: len(ids)]
+    assert ids == ALL or sentence
+    assert "\n" not in (sentence or "")
+
+
+@both_line_readers
+def test_the_last_attempt_may_succeed(client: str) -> None:
+    """The one retry is at the deadline, and the server is back by then."""
+
+    def answer(connection: Connection) -> None:
+        if connection.number == 1:
+            connection.send(error("503 Service Unavailable"))
+            return
+        connection.send(CHUNKED)
+        for event_id in range(10):
+            time.sleep(0.02)
+            connection.send(chunk(event(event_id)))
+
+    module = load(client, FIRST_DELAY=10.0, GIVE_UP_AFTER=0.5)
+    with wrong_server(answer) as server:
+        assert read(module, server.url) == (ALL, None)
+        first, second = (connection.time for connection in server.connections)
+        assert 0.4 < second - first < 9
+
+
+@both_line_readers
+def test_killed_and_started_again_nothing_is_lost(client: str, server: Process, run: Run) -> None:
+    running = run(client, f"{server.url}/ndjson?interval=0.1")
+    running.wait_for_lines(3)
+    server.kill()
+    server.start()
+    assert running.wait() == 0
+    lines = running.wait_for_lines(10)
+    assert [json.loads(line.split("  ")[1])["event_id"] for line in lines] == ALL
+    warning, summary = running.errors
+    assert re.fullmatch(r"The stream broke off after event \d \(.*\); resuming it\.", warning)
+    assert summary.startswith("10 events in ")
+
+
+# From another program -----------------------------------------------------------------------------
+
+
+@all_clients
+def test_importing_does_nothing(client: str) -> None:
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "dev",
+            "-c",
+            f"import {client}, logging; print(logging.root.handlers)",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "[]\n", "")
+
+
+@both_line_readers
+def test_leaving_the_loop_closes_the_connection(client: str) -> None:
+    def answer(connection: Connection) -> None:
+        connection.send(CHUNKED + chunk(events(0, 3)))
+        connection.wait_until_closed()
+
+    async def first_async(url: str) -> Any:
+        async with aclosing(load(client).read_events(url)) as stream:
+            return await anext(stream)
+
+    with wrong_server(answer) as server:
+        if client == "client_sync":
+            item = next(load(client).read_events(server.url))
+        else:
+            item = asyncio.run(first_async(server.url))
+        assert item["event_id"] == 0
+        wait_for(lambda: server.connections[0].closed, "the server to see that the reader is gone")
+
+
+def test_types_for_a_program_that_uses_them(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import client_async, client_sync\n"
+        "\n"
+        "def ids(url: str) -> list[int]:\n"
+        "    return [event['event_id'] for event in client_sync.read_events(url)]\n"
+        "\n"
+        "async def texts(url: str) -> list[str]:\n"
+        "    return [event['data'] async for event in client_async.read_events(url)]\n"
+        "\n"
+        "def wrong(url: str) -> list[str]:\n"
+        "    return [event['event_id'] for event in client_sync.read_events(url)]\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", program],
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT * 3,
+    )
+    errors = [line for line in process.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1, process.stdout
+    assert "program.py:10:" in errors[0]

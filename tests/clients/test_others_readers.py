@@ -1,0 +1,58 @@
+"""Readers that others wrote get all ten events: curl, httpx-sse and Node's eventsource."""
+
+import json
+import subprocess
+
+import httpx
+import pytest
+from httpx_sse import connect_sse
+
+from tests.support.npm import node_modules
+from tests.support.processes import LIMIT, ROOT, Process, need
+
+TEN = [
+    {"event_id": i, "data": f"Step {i + 1} of 10: ☕", "is_last_event": i == 9} for i in range(10)
+]
+
+
+@pytest.mark.parametrize("path", ["/ndjson", "/sse"])
+def test_curl(shared_server: Process, path: str) -> None:
+    curl = need("curl", "curl")
+    url = f"{shared_server.url}{path}?interval=0.02"
+    result = subprocess.run([curl, "-sN", url], capture_output=True, timeout=LIMIT, check=True)
+    lines = result.stdout.decode().splitlines()
+    data = [line.removeprefix("data: ") for line in lines if '"event_id"' in line]
+    assert [json.loads(line) for line in data] == TEN
+
+
+def test_httpx_sse(shared_server: Process) -> None:
+    url = f"{shared_server.url}/sse?interval=0.02"
+    with httpx.Client() as client, connect_sse(client, "GET", url) as source:
+        events = list(source.iter_sse())
+    assert [event.json() for event in events] == TEN
+    assert [event.id for event in events] == [str(i) for i in range(10)]
+    assert {event.event for event in events} == {"message"}, "a plain onmessage sees all of them"
+    assert {event.retry for event in events} == {1000}
+
+
+def test_httpx_lines(shared_server: Process) -> None:
+    with httpx.stream("GET", f"{shared_server.url}/ndjson?interval=0.02") as response:
+        assert [json.loads(line) for line in response.iter_lines()] == TEN
+
+
+def test_node_eventsource_stops_by_itself_at_the_204(server: Process) -> None:
+    node = need("node", "nodejs npm")
+    node_modules()
+    script = ROOT / "tests/support/eventsource.mjs"
+    # It would reconnect for ever, and never exit, if a 204 did not tell it to stop.
+    result = subprocess.run(
+        [node, str(script), f"{server.url}/sse?interval=0.02"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=True,
+    )
+    *events, end = [json.loads(line) for line in result.stdout.splitlines()]
+    assert events == TEN
+    assert end == {"closed_by": 204}
+    assert server.log.count('"GET /sse') == 2, "the stream, and the request answered by 204"

@@ -1,0 +1,622 @@
+"""The page in real browsers: live, in time, resuming, bounded, accessible; and how it is served."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from main import quality
+from tests.support.browsers import BROWSERS, Browser, Chromium
+from tests.support.npm import node_modules
+from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, need, wait_for
+
+PAGE = ROOT / "page"
+LANES = ("text", "ndjson", "sse")
+
+# One browser for all the tests that use it, so they run one after the other in one worker.
+in_each_browser = pytest.mark.parametrize(
+    "browser",
+    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BROWSERS],
+    indirect=True,
+)
+# Chromium has most of the tests, and so a second worker.
+in_chromium = pytest.mark.parametrize(
+    "browser", [pytest.param("chromium", marks=pytest.mark.xdist_group("more"))], indirect=True
+)
+
+# What browsers log by themselves of a connection that broke (by whoever pulled the plug), of a
+# server that is down and of a status that is an error; Firefox also of an EventSource's 204.
+NETWORK = re.compile(
+    "Failed to load resource: net::ERR_(INCOMPLETE_CHUNKED_ENCODING|CONNECTION_REFUSED)"
+    "|Failed to load resource: the server responded with a status of 422"
+    "|Firefox can’t establish a connection to the server at http://127.0.0.1:[0-9]+/sse"
+    "|The connection to http://127.0.0.1:[0-9]+/sse[^ ]* was interrupted while the page was loading"
+)
+
+RECORD = """
+// All marks that ever were drawn, in their order: one that came twice would be here twice.
+window.drawn = { text: [], ndjson: [], sse: [] };
+window.states = { text: ["idle"], ndjson: ["idle"], sse: ["idle"] };
+for (const lane of document.querySelectorAll("[data-stream]")) {
+  const { stream } = lane.dataset;
+  new MutationObserver((records) => {
+    for (const { type, addedNodes } of records) {
+      if (type === "attributes" && states[stream].at(-1) !== lane.dataset.state) {
+        states[stream].push(lane.dataset.state);
+      }
+      for (const node of addedNodes) {
+        const id = node.dataset?.eventId;
+        if (id) drawn[stream].push([Number(id), performance.now() / 1000]);
+      }
+    }
+  }).observe(lane, { subtree: true, childList: true, attributeFilter: ["data-state"] });
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browsers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], Browser]]:
+    """`browsers(name)` starts a browser, the first time, and gives it."""
+    with ExitStack() as stack:
+
+        @cache
+        def started(name: str) -> Browser:
+            return stack.enter_context(BROWSERS[name](tmp_path_factory.mktemp(name)))
+
+        yield started
+
+
+@pytest.fixture
+def browser(
+    request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
+) -> Iterator[Browser]:
+    """A browser; whatever else the test looks at, nothing unexpected is on its console."""
+    browser = browsers(request.param)
+    yield browser
+    unexpected = [entry for entry in browser.console() if not NETWORK.search(entry)]
+    browser.open("about:blank")
+    assert not unexpected, "\n".join(unexpected)
+
+
+def begin(browser: Browser, url: str) -> None:
+    """Open the page at `url`, with its choices in the query, and start."""
+    browser.open(url)
+    browser.run(RECORD)
+    browser.click("#start")
+
+
+def state(browser: Browser, lane: str) -> str:
+    return str(
+        browser.run("return document.querySelector(arguments[0]).dataset.state", selector(lane))
+    )
+
+
+def states(browser: Browser, lane: str) -> list[str]:
+    """The states that the lane has had since it was idle."""
+    return list(browser.run("return states[arguments[0]]", lane))[1:]
+
+
+def text(browser: Browser, css: str) -> str:
+    return str(browser.run("return document.querySelector(arguments[0]).textContent", css))
+
+
+def shows(browser: Browser, css: str, message: str) -> bool:
+    return text(browser, css) == message
+
+
+def words(browser: Browser, lane: str) -> str:
+    return text(browser, f"{selector(lane)} .words")
+
+
+def selector(lane: str) -> str:
+    return f'[data-stream="{lane}"]'
+
+
+def drawn(browser: Browser, lane: str) -> list[int]:
+    """The ids of all marks that the lane has drawn since its start, in their order."""
+    return [event_id for event_id, _ in browser.run("return drawn[arguments[0]]", lane)]
+
+
+def page_server(name: str) -> tuple[str, ...]:
+    """The command that starts an app of page_servers.py."""
+    app = f"tests.support.page_servers:{name}"
+    return tuple(app if word == "main:app" else word for word in UVICORN)
+
+
+def wait_for_state(browser: Browser, lane: str, *wanted: str) -> None:
+    wait_for(lambda: state(browser, lane) in wanted, f"{lane} to be {' or '.join(wanted)}")
+
+
+def wait_for_events(browser: Browser, lane: str, count: int) -> None:
+    wait_for(lambda: len(drawn(browser, lane)) >= count, f"{count} events in {lane}")
+
+
+# Live and resuming, in each browser ---------------------------------------------------------------
+
+
+@in_each_browser
+def test_lanes_fill_live_and_the_204_ends_sse(browser: Browser, server: Process) -> None:
+    begin(browser, f"{server.url}/?steps=5&interval=0.5")
+    for lane in LANES:
+        wait_for_state(browser, lane, "done")
+        times = dict(browser.run("return drawn[arguments[0]]", lane))
+        assert list(times) == [0, 1, 2, 3, 4], lane
+        # The fifth is due 2 s after the first: not all at once. A busy machine draws late.
+        assert times[4] - times[0] > 1, f"{lane} was not drawn live"
+        assert words(browser, lane).startswith("Done."), lane
+        assert states(browser, lane) == ["open", "done"]
+    assert "204" in words(browser, "sse")
+    time.sleep(2)  # twice what `retry` says: an EventSource that was not stopped would be back
+    assert server.log.count('"GET /sse') == 2, "the stream, and the request answered by 204"
+    assert server.log.count('HTTP/1.1" 204') == 1
+
+
+@in_each_browser
+def test_kill_and_restart_lose_and_double_nothing(browser: Browser, server: Process) -> None:
+    begin(browser, f"{server.url}/?steps=12&interval=0.4")
+    for lane in LANES:
+        wait_for_events(browser, lane, 2)
+    server.kill()
+    for lane in ("ndjson", "sse"):
+        wait_for_state(browser, lane, "resuming")
+        assert re.match(r"Resuming after event [0-9]+: ", words(browser, lane))
+    wait_for_state(browser, "text", "failed")
+    assert re.search(r"after line [0-9]+.*plain text cannot be resumed", words(browser, "text"))
+    server.start()
+    for lane in ("ndjson", "sse"):
+        wait_for_state(browser, lane, "done")
+        assert drawn(browser, lane) == list(range(12)), lane
+        assert text(browser, f"{selector(lane)} .resumed") == "1 ×"
+        assert states(browser, lane) == ["open", "resuming", "open", "done"]
+
+
+@in_each_browser
+def test_reload_loses_and_doubles_nothing(browser: Browser, start: Start, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "main.py", tmp_path)
+    shutil.copytree(PAGE, tmp_path / "page")
+    server = start(*UVICORN, "--reload", cwd=tmp_path)
+    wait_for(lambda: httpx.get(server.url).is_success, "the reloaded app to answer")
+    begin(browser, f"{server.url}/?steps=12&interval=0.4")
+    for lane in LANES:
+        wait_for_events(browser, lane, 2)
+    with (tmp_path / "main.py").open("a") as code:
+        code.write("# saved\n")
+    for lane in ("ndjson", "sse"):
+        wait_for_state(browser, lane, "done", "failed")
+        assert drawn(browser, lane) == list(range(12)), words(browser, lane)
+        assert text(browser, f"{selector(lane)} .resumed") == "1 ×"
+    assert state(browser, "text") == "failed"
+    assert "ended early, and plain text cannot be resumed" in words(browser, "text")
+
+
+@in_each_browser
+def test_cut(browser: Browser, start: Start) -> None:
+    server = start(*page_server("telling"))
+    begin(browser, f"{server.url}/?steps=12&interval=0.4")
+    for lane in LANES:
+        wait_for_events(browser, lane, 2)
+        browser.click(f"{selector(lane)} .cut")
+    wait_for_state(browser, "text", "failed")
+    assert "cannot be resumed" in words(browser, "text")
+    for lane in ("ndjson", "sse"):
+        wait_for_state(browser, lane, "done", "failed")
+        assert drawn(browser, lane) == list(range(12)), words(browser, lane)
+        assert states(browser, lane) == ["open", "resuming", "open", "done"]
+        after = server.wait_for_log(rf"/{lane} after ([0-9]+)\n")
+        assert f"Last-Event-ID: {after[0]}" in text(browser, f"{selector(lane)} .wire")
+
+
+# What else it does, in Chromium -------------------------------------------------------------------
+
+
+@in_chromium
+def test_stop_and_start_again(browser: Browser, start: Start) -> None:
+    server = start(*page_server("telling"))
+    begin(browser, f"{server.url}/?steps=100&interval=1")
+    for lane in LANES:
+        wait_for_events(browser, lane, 1)
+    browser.click("#stop")
+    for lane in LANES:
+        wait_for_state(browser, lane, "idle")
+        assert words(browser, lane).startswith("Stopped after "), lane
+        server.wait_for_log(f"/{lane} is over")  # long before its own end
+    counts = [len(drawn(browser, lane)) for lane in LANES]
+    requests = server.log.count('"GET /')
+    browser.run("document.querySelector('#steps').value = 2")
+    browser.run("document.querySelector('#interval').value = 0.1")
+    time.sleep(1.5)  # long enough for another event, and for an EventSource to come back
+    assert [len(drawn(browser, lane)) for lane in LANES] == counts
+    assert server.log.count('"GET /') == requests
+    browser.click("#start")
+    for lane in LANES:
+        wait_for_state(browser, lane, "done")
+        marks = browser.run(
+            "return document.querySelectorAll(`${arguments[0]} [data-event-id]`).length",
+            selector(lane),
+        )
+        assert marks == 2, "the marks of the stream before are gone"
+
+
+@in_chromium
+def test_text_is_cut_as_client_py_cuts_it(browser: Browser, shared_server: Process) -> None:
+    begin(browser, f"{shared_server.url}/?steps=10&interval=0.1")
+    wait_for_state(browser, "text", "done")
+    pieces = browser.run(
+        "return [...document.querySelectorAll('[data-chunk]')].map((piece) =>"
+        " [piece.dataset.chunk, piece.textContent, piece.querySelector('mark')?.textContent])"
+    )
+    # The network may give two lines at once; the first line comes alone, for it comes at once.
+    assert pieces[:2] == [
+        ["0", r"Step 1 of 10: \xe2\x98", r"\xe2\x98"],
+        ["1", r"\x95\n", r"\x95"],
+    ]
+    assert [int(number) for number, _, _ in pieces] == list(range(len(pieces)))
+    as_bytes = "".join(piece for _, piece, _ in pieces).replace("☕", r"\xe2\x98\x95")
+    assert as_bytes == "".join(rf"Step {i} of 10: \xe2\x98\x95\n" for i in range(1, 11))
+    assert "\ufffd" not in browser.run("return document.body.textContent")
+
+
+@in_chromium
+def test_choices_are_in_the_address(browser: Browser, shared_server: Process) -> None:
+    browser.open(f"{shared_server.url}/?steps=3&interval=0.05")
+    assert [state(browser, lane) for lane in LANES] == ["idle"] * 3, "a link starts nothing"
+    assert browser.run(
+        "return [document.querySelector('[name=steps]'), document.querySelector('[name=interval]')]"
+        ".map((field) => field.value)"
+    ) == ["3", "0.05"]
+    browser.run(
+        "const field = document.querySelector('[name=steps]'); field.value = '4';"
+        "field.dispatchEvent(new InputEvent('input', { bubbles: true }))"
+    )
+    assert browser.run("return location.search") == "?steps=4&interval=0.05"
+    browser.click("#start")
+    wait_for_state(browser, "ndjson", "done")
+    requested = text(browser, f"{selector('ndjson')} .wire")
+    assert "GET /ndjson?steps=4&interval=0.05" in requested
+
+
+@in_chromium
+def test_wrong_values_are_told_beside_their_fields(
+    browser: Browser, shared_server: Process
+) -> None:
+    detail = httpx.get(f"{shared_server.url}/text?steps=0&interval=abc").json()["detail"]
+    messages = {problem["loc"][1]: problem["msg"] for problem in detail}
+    begin(browser, f"{shared_server.url}/?steps=0&interval=abc")
+    for name, message in messages.items():
+        wait_for(partial(shows, browser, f"#{name}-problem", message), message)
+        assert browser.run("return document.getElementById(arguments[0]).ariaInvalid", name)
+    assert browser.run("return document.activeElement.name") == "steps"
+    for lane in LANES:
+        wait_for_state(browser, lane, "failed")
+    browser.run("document.querySelector('#steps').value = 1")
+    browser.run("document.querySelector('#interval').value = 0")
+    browser.click("#start")
+    wait_for_state(browser, "text", "done")
+    assert text(browser, "#steps-problem") == ""
+
+
+@in_chromium
+def test_nobody_listens_at_the_start(browser: Browser, server: Process) -> None:
+    browser.open(f"{server.url}/?steps=3&interval=0.05")
+    browser.run(RECORD)
+    server.kill()
+    browser.click("#start")
+    for lane in ("text", "ndjson"):
+        wait_for_state(browser, lane, "failed")
+        assert "nobody listens there" in words(browser, lane)
+    wait_for_state(browser, "sse", "resuming")  # EventSource does not give up
+    server.start()
+    wait_for_state(browser, "sse", "done")
+    assert drawn(browser, "sse") == [0, 1, 2]
+
+
+@in_chromium
+def test_all_at_once_is_told(browser: Browser, start: Start) -> None:
+    server = start(*page_server("held_back"))
+    begin(browser, f"{server.url}/?steps=4&interval=0.5")
+    for lane in LANES:
+        wait_for_state(browser, lane, "done")
+        assert words(browser, lane).startswith("All at once, at the end: held back"), lane
+
+
+@in_chromium
+def test_what_arrives_is_text(browser: Browser, start: Start) -> None:
+    server = start(*page_server("markup"))
+    begin(browser, f"{server.url}/?steps=2&interval=0.05")
+    for lane in LANES:
+        wait_for_state(browser, lane, "done")
+        assert "<b>bold</b>" in text(browser, f"{selector(lane)} .wire").replace("\n", ""), lane
+    assert browser.run("return document.querySelectorAll('main img, main b').length") == 0
+    assert browser.run("return document.title") == "Streaming over HTTP, live"
+
+
+@in_chromium
+def test_a_lost_event_is_told(browser: Browser, start: Start) -> None:
+    server = start(*page_server("gap"))
+    begin(browser, f"{server.url}/?steps=5&interval=0.05")
+    for lane in ("ndjson", "sse"):
+        wait_for_state(browser, lane, "failed")
+        assert "event 3 came where event 2 was due" in words(browser, lane)
+        assert drawn(browser, lane) == [0, 1]
+
+
+@in_chromium
+def test_many_events_leave_it_responsive(browser: Browser, shared_server: Process) -> None:
+    browser.open(f"{shared_server.url}/?steps=100000&interval=0")
+    # Stopped at the first event that it draws, it stops long before the last.
+    browser.run(
+        "const marks = document.querySelector('[data-stream=ndjson] .marks');"
+        "const stop = document.querySelector('#stop');"
+        "const observer = new MutationObserver(() => { stop.click(); observer.disconnect(); });"
+        "observer.observe(marks, { childList: true });"
+    )
+    browser.click("#start")
+    wait_for_state(browser, "ndjson", "idle", "done")
+    wait_for(lambda: "Stopped after" in words(browser, "ndjson"), "the lane to stop")
+    browser.run(
+        "window.frames = 0;(function frame() { frames += 1; requestAnimationFrame(frame) })()"
+    )
+    browser.click("#start")
+    for lane in LANES:
+        wait_for_state(browser, lane, "done")
+        arrived = text(browser, f"{selector(lane)} .arrived")
+        count = re.fullmatch(r"100,000, ([0-9]+) drawn", arrived)
+        assert count, f"{lane}: {arrived}"
+        assert int(count[1]) <= 251
+        assert "no schedule" in text(browser, f"{selector(lane)} .late")
+    assert browser.run("return document.querySelectorAll('*').length") < 3000
+    assert browser.run("return frames") > 10
+    assert "earlier rows are not shown" in text(browser, f"{selector('ndjson')} .wire")
+
+
+@in_chromium
+def test_keyboard_and_marks(browser: Chromium, shared_server: Process) -> None:
+    begin(browser, f"{shared_server.url}/?steps=3&interval=0.05")
+    wait_for_state(browser, "sse", "done")
+    keys = browser.driver.switch_to
+    detail = f"{selector('ndjson')} .detail"
+    # One stop for Tab in each lane, from its Cut button on; the arrows go from mark to mark.
+    browser.run("document.querySelector('[data-stream=ndjson] .cut').focus()")
+    keys.active_element.send_keys("\ue004")  # Tab
+    assert re.fullmatch(
+        r"event 0: Step 1 of 3: ☕, after [0-9.]+ s, on time", text(browser, detail)
+    )
+    keys.active_element.send_keys("\ue014")  # right
+    assert text(browser, detail).startswith("event 1: Step 2 of 3")
+    keys.active_element.send_keys("\ue010")  # End
+    assert text(browser, detail).startswith("event 2: Step 3 of 3")
+    keys.active_element.send_keys("\ue004")
+    assert browser.run("return document.querySelector(arguments[0]).hidden", detail)
+    assert browser.run("return document.activeElement.className") == "wire"
+    # Hovering anywhere over the track shows the nearest mark.
+    browser.click(f"{selector('text')} .track")
+    assert text(browser, f"{selector('text')} .detail").startswith("line ")
+
+
+@in_chromium
+def test_a_screen_reader_is_told_of_states_and_not_of_events(
+    browser: Browser, shared_server: Process
+) -> None:
+    browser.open(f"{shared_server.url}/?steps=40&interval=0.05")
+    browser.run(
+        "window.news = []; const news = document.querySelector('[role=status]');"
+        "new MutationObserver(() => window.news.push(news.textContent))"
+        ".observe(news, { childList: true, characterData: true, subtree: true })"
+    )
+    browser.click("#start")
+    wait_for_state(browser, "sse", "done")
+    news = wait_for(
+        lambda: (found := browser.run("return news")) and "204" in found[-1] and found,
+        "the end to be told",
+    )
+    assert len(news) <= 6, news
+    live = browser.run("return document.querySelectorAll('[aria-live], [role=log]').length")
+    assert live == 0, "nothing else speaks"
+
+
+@in_chromium
+@pytest.mark.parametrize("width", [360, 900, 1600])
+def test_layout_stands_still(browser: Chromium, shared_server: Process, width: int) -> None:
+    browser.resize(width, 1000)
+    try:
+        browser.open(f"{shared_server.url}/?steps=20&interval=0.05")
+        browser.run(
+            "window.shifts = []; new PerformanceObserver((list) =>"
+            " list.getEntries().forEach(({ sources }) => sources.forEach(({ node }) =>"
+            " node && !node.closest?.('.time') && shifts.push(node.outerHTML ?? node.data))))"
+            ".observe({ type: 'layout-shift' })"
+        )
+        browser.click("#start")
+        wait_for_events_in(browser, "ndjson", 5)
+        browser.click(f"{selector('ndjson')} .cut")
+        wait_for_state(browser, "sse", "done")
+        assert browser.run("return shifts") == []  # but for the marks, when their axis grows
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.resize(1600, 1000)
+
+
+def wait_for_events_in(browser: Browser, lane: str, count: int) -> None:
+    marks = f"{selector(lane)} [data-event-id]"
+    wait_for(
+        lambda: (
+            browser.run("return document.querySelectorAll(arguments[0]).length", marks) >= count
+        ),
+        f"{count} marks in {lane}",
+    )
+
+
+@in_chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_accessibility(browser: Chromium, server: Process, dark: bool) -> None:
+    axe = (node_modules() / "axe-core" / "axe.min.js").read_text()
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    what = {"runOnly": ["color-contrast"] if dark else rules}
+
+    def check(when: str) -> None:
+        browser.run(axe)
+        result = browser.driver.execute_async_script(
+            "const [what, done] = arguments; axe.run(what).then(done, (error) => done({error}))",
+            what,
+        )
+        found = [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in result["violations"]]
+        assert found == [], when
+        assert result["passes"], "axe has looked at the page"
+
+    browser.resize(360, 1000, dark)
+    try:
+        begin(browser, f"{server.url}/?steps=100&interval=1")
+        wait_for_events(browser, "sse", 2)
+        browser.run("document.querySelector('[data-event-id]').focus()")
+        check("open, narrow, with a mark focused")
+        browser.resize(1600, 1000, dark)
+        server.kill()
+        wait_for_state(browser, "ndjson", "resuming")
+        wait_for_state(browser, "text", "failed")
+        check("resuming and failed")
+        server.start()
+        begin(browser, f"{server.url}/?steps=3&interval=0")
+        wait_for_state(browser, "sse", "done")
+        check("done")
+        begin(browser, f"{server.url}/?steps=x&interval=11")
+        wait_for_state(browser, "sse", "failed")
+        check("wrong values")
+    finally:
+        browser.resize(1600, 1000)
+
+
+@in_chromium
+def test_the_policy_bites(browser: Browser, shared_server: Process) -> None:
+    browser.open(shared_server.url)
+    browser.run(
+        "const script = document.createElement('script'); script.textContent = 'window.bitten = 1';"
+        "document.body.append(script);"
+    )
+    assert browser.run("return window.bitten") is None
+    entries = browser.console()
+    assert len(entries) == 1, entries
+    assert "Content Security Policy" in entries[0]
+
+
+# How it is served and made ------------------------------------------------------------------------
+
+CHROMIUM_ACCEPT = (
+    "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+)
+ACCEPTS = {
+    CHROMIUM_ACCEPT: "text/html",
+    "text/html": "text/html",
+    "TEXT/HTML": "text/html",
+    "text/*": "text/html",
+    "text/html;q=0.5, application/json;q=0.4": "text/html",
+    "text/html, application/json;q=0.9": "text/html",
+    "application/json;q=0.1, text/html;level=1;q=0.2": "text/html",
+    "*/*, application/json;q=0": "text/html",
+    "": "application/json",
+    "*/*": "application/json",
+    "application/json": "application/json",
+    "text/html;q=0": "application/json",
+    "text/html;q=0.4, application/json;q=0.5": "application/json",
+    "text/html, application/json": "application/json",
+    "image/png": "application/json",
+    "text/html;q=high": "application/json",
+    ";;,,=;q=": "application/json",
+}
+
+
+@pytest.mark.parametrize("accept", ACCEPTS)
+def test_index_is_chosen_by_accept(shared_server: Process, accept: str) -> None:
+    answer = httpx.get(shared_server.url, headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].split(";")[0] == ACCEPTS[accept]
+    assert answer.headers["Vary"] == "Accept"
+    if ACCEPTS[accept] == "application/json":
+        assert set(answer.json()) == {"message", "streams"}
+        assert answer.json()["streams"] == ["/text", "/ndjson", "/sse"]
+
+
+def test_index_takes_several_accept_headers(shared_server: Process) -> None:
+    headers = [("Accept", "application/json;q=0.5"), ("Accept", "text/html")]
+    with httpx.Client(headers={}) as client:
+        del client.headers["Accept"]
+        answer = client.get(shared_server.url, headers=headers)
+    assert answer.headers["Content-Type"].startswith("text/html")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text() | st.from_regex(r"([a-z*]+/[a-z*]+(;q=[0-9.]*)?,? ?)*"))
+def test_no_accept_is_too_odd(accept: str) -> None:
+    assert 0 <= quality(accept, "text/html") <= 2
+
+
+def test_page_and_assets_are_strict(shared_server: Process) -> None:
+    page = httpx.get(shared_server.url, headers={"Accept": "text/html"})
+    assets = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert {Path(asset).suffix for asset in assets} == {".js", ".css", ".svg"}
+    answers = [page, *(httpx.get(f"{shared_server.url}/{asset}") for asset in assets)]
+    for answer in answers:
+        assert answer.status_code == 200, answer.url
+        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert not re.search(
+            r"https?://(?!www\.w3\.org/2000/svg)[^\s\"]+\.(js|css|woff2?)", answer.text
+        )
+    assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?![^>]*\ssrc=)", page.text)
+
+
+def test_without_its_page_the_server_answers_json(start: Start, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "main.py", tmp_path)
+    server = start(*UVICORN, cwd=tmp_path)
+    answer = httpx.get(server.url, headers={"Accept": "text/html"})
+    assert (answer.status_code, answer.json()["streams"]) == (200, ["/text", "/ndjson", "/sse"])
+    assert httpx.get(f"{server.url}/page/page.js").status_code == 404
+
+
+def test_page_is_found_from_any_working_directory(start: Start, tmp_path: Path) -> None:
+    server = start(*UVICORN, "--app-dir", str(ROOT), cwd=tmp_path)
+    page = httpx.get(server.url, headers={"Accept": "text/html"})
+    assert page.text == (PAGE / "index.html").read_text()
+
+
+def test_excerpts_are_the_code_that_runs() -> None:
+    page = (PAGE / "index.html").read_text()
+    excerpts = re.findall(r'<code data-from="([^"]+)">(.*?)</code>', page, re.DOTALL)
+    assert {name for name, _ in excerpts} == {"main.py", "page/readers.js"}
+    for name, markup in excerpts:
+        excerpt = html.unescape(markup)
+        source = f"\n{(ROOT / name).read_text()}\n"
+        indented = (textwrap.indent(excerpt, " " * n) for n in range(0, 12, 2))
+        assert any(f"\n{lines}\n" in source for lines in indented), f"{name} has no\n{excerpt}"
+    # Each lane has one of each.
+    for lane in page.split("<section")[1:]:
+        assert 'data-from="main.py"' in lane
+        assert 'data-from="page/readers.js"' in lane
+
+
+def test_logic() -> None:
+    node = need("node", "nodejs")
+    command = [node, "--test", str(Path(__file__).parent / "page_logic.test.mjs")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert result.returncode == 0, result.stdout
+
+
+def test_openapi_tells_both_answers(shared_server: Process) -> None:
+    document: Any = httpx.get(f"{shared_server.url}/openapi.json").json()
+    content = document["paths"]["/"]["get"]["responses"]["200"]["content"]
+    assert set(content) == {"text/html", "application/json"}
+    assert json.dumps(content["application/json"]) != "{}"

@@ -1,0 +1,293 @@
+"""Make the table of faults: what gets lost and what comes twice, here and with what others offer.
+
+Run `python -m tests.stopping.faults`: a quarter of an hour. It prints a Markdown table.
+All servers run on the same uvicorn, one after the other, and get the same readers and faults.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+import client_async
+import client_sync
+from tests.support.processes import LOG_CONFIG, ROOT, Process, free_port, wait_for
+from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
+
+PATIENCE = 60.0  # seconds that a reader tries to get what is missing
+
+# The servers: the file, the app in it, the path of the stream.
+OURS = "main.py"
+SERVERS = {
+    OURS: (ROOT / "main.py", "app", "/sse"),
+    "sse-starlette": (ROOT / "tests/support/others.py", "sse_starlette", "/stream"),
+    "EventSourceResponse": (ROOT / "tests/support/others.py", "event_source_response", "/stream"),
+    "StreamingResponse": (ROOT / "tests/support/others.py", "streaming_response", "/stream"),
+}
+
+
+# The readers --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reader:
+    """What one reader got of a stream."""
+
+    url: str
+    steps: int
+    arrived: Counter[int] = field(default_factory=Counter)
+    cut: bool = False  # a body without its proper end
+
+    @property
+    def lost(self) -> int:
+        return sum(not self.arrived[event_id] for event_id in range(self.steps))
+
+    @property
+    def doubled(self) -> int:
+        return self.arrived.total() - len(self.arrived)
+
+    async def read_like_event_source(self) -> None:
+        """Count each arrival; after every end of the stream come back with `Last-Event-ID`."""
+        headers: dict[str, str] = {}
+        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            while True:
+                try:
+                    async with session.get(self.url, headers=headers) as response:
+                        if response.status == 204:
+                            return
+                        async for event in self.events(response):
+                            self.arrived[event["event_id"]] += 1
+                            headers["Last-Event-ID"] = str(event["event_id"])
+                            if event["is_last_event"]:
+                                return
+                except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError):
+                    self.cut = True
+                except (aiohttp.ClientError, OSError):
+                    pass  # nobody listens at the moment
+                await asyncio.sleep(0.2)
+
+    async def events(self, response: aiohttp.ClientResponse) -> AsyncIterator[client_async.Event]:
+        """Give the whole events of an answer, of server-sent events or NDJSON."""
+        data = b""
+        async for line in response.content:
+            if line.startswith(b"data: "):
+                data = line.removeprefix(b"data: ")
+            elif line.startswith(b"{"):
+                yield json.loads(line)
+            elif data and not line.strip():
+                yield json.loads(data)
+                data = b""
+
+    async def read_with_client_async(self) -> None:
+        async for event in client_async.read_events(self.url.replace("/sse", "/ndjson")):
+            self.arrived[event["event_id"]] += 1
+
+    def read_with_client_sync(self) -> None:
+        for event in client_sync.read_events(self.url.replace("/sse", "/ndjson")):
+            self.arrived[event["event_id"]] += 1
+
+
+# The faults ---------------------------------------------------------------------------------------
+
+
+def save_a_file(server: Process) -> None:
+    with Path(server.options["cwd"], server.command[3].partition(":")[0] + ".py").open("a") as file:
+        file.write("# saved\n")
+    server.wait_for_log("Application startup complete", count=2)
+
+
+def press_ctrl_c(server: Process) -> None:
+    server.signal(signal.SIGINT, everyone=True)
+    server.wait()
+
+
+def terminate(server: Process) -> None:
+    server.signal(signal.SIGTERM)
+    server.wait()
+
+
+def pull_the_plug(server: Process) -> None:
+    server.kill()
+
+
+@dataclass
+class Fault:
+    """What is done to a server in mid-stream, and with which streams."""
+
+    name: str
+    strike: Callable[[Process], None]
+    query: str = "steps=20&interval=0.4"
+    steps: int = 20
+    options: tuple[str, ...] = ()
+    stuck: bool = False  # a reader that reads nothing is there too
+
+
+FAULTS = [
+    Fault("`--reload`: a file is saved", save_a_file, options=("--reload",)),
+    Fault("Ctrl-C, started again", press_ctrl_c),
+    Fault("SIGTERM, started again", terminate),
+    Fault("SIGTERM while all streams sleep 10 s", terminate, "steps=2&interval=10", 2),
+    Fault(
+        "SIGTERM with a reader that never reads (`--timeout-graceful-shutdown 1`)",
+        terminate,
+        options=("--timeout-graceful-shutdown", "1"),
+        stuck=True,
+    ),
+    Fault("kill -9, started again", pull_the_plug),
+]
+
+
+@dataclass
+class Result:
+    tried: int = 0
+    lost: int = 0
+    doubled: int = 0
+    cut: int = 0
+    took: float = 0.0  # seconds, the longest
+
+    def __str__(self) -> str:
+        counts = f"{self.lost} lost, {self.doubled} doubled"
+        return f"{counts}, {self.cut} cut off; {self.took:.1f} s"
+
+
+def start(name: str, folder: Path, *options: str) -> Process:
+    """Start a server in a folder of its own, in which a file can be saved."""
+    file, app, _ = SERVERS[name]
+    folder.mkdir()
+    shutil.copy(file, folder)
+    shutil.copytree(ROOT / "page", folder / "page")
+    (folder / "log.json").write_text(json.dumps(LOG_CONFIG))
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", f"{file.stem}:{app}", "--port", str(port)]
+    command += ["--no-access-log", "--log-config", "log.json", *options]
+    return Process(command, folder / "server.log", port, cwd=folder)
+
+
+async def strike_in_mid_stream(name: str, fault: Fault, readers: int, result: Result) -> None:
+    """Let the readers read, strike, start the server again if it is down; add up what came."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(readers) as threads:
+        server = start(name, Path(folder, "app"), *fault.options)
+        try:
+            path = SERVERS[name][2]
+            if fault.stuck:
+                stuck = RawReader(server.port, f"{path}?steps=100000&interval=0")
+                wait_until_idle(server)
+            crowd = [
+                Reader(f"{server.url}{path}?{fault.query}", fault.steps) for _ in range(readers)
+            ]
+            loop = asyncio.get_running_loop()
+            # Our streams are read with both clients too; those of others they do not understand.
+            ways: list[Callable[[Reader], asyncio.Future[None]]] = [
+                lambda reader: asyncio.ensure_future(reader.read_like_event_source()),
+                lambda reader: asyncio.ensure_future(reader.read_with_client_async()),
+                lambda reader: loop.run_in_executor(threads, reader.read_with_client_sync),
+            ]
+            way = itertools.cycle(ways if name == OURS else ways[:1])
+            reading = [next(way)(reader) for reader in crowd]
+            await asyncio.to_thread(
+                wait_for, lambda: all(reader.arrived for reader in crowd), "the first events"
+            )
+            await asyncio.sleep(0.5)  # into mid-stream
+
+            struck_at = time.monotonic()
+            await asyncio.to_thread(fault.strike, server)
+            result.took = max(result.took, time.monotonic() - struck_at)
+            if fault.strike is not save_a_file:
+                await asyncio.to_thread(server.start)
+            await asyncio.wait(reading, timeout=PATIENCE)
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
+            if fault.stuck:
+                stuck.close()
+        finally:
+            server.kill()
+    result.tried += readers
+    result.lost += sum(reader.lost for reader in crowd)
+    result.doubled += sum(reader.doubled for reader in crowd)
+    result.cut += sum(reader.cut for reader in crowd)
+
+
+def vanish(name: str, readers: int) -> float:
+    """Let readers vanish in three ways; return how long, at most, until their generators ended."""
+    took = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        server = start(name, Path(folder, "app"))
+        try:
+            path = SERVERS[name][2]
+            for wave, (way, query) in enumerate(
+                [
+                    ("close", "interval=10"),
+                    ("reset", "interval=10"),
+                    ("vanish", "steps=1000&interval=1"),
+                ]
+            ):
+                crowd = [RawReader(server.port, f"{path}?{query}") for _ in range(readers)]
+                read_until(crowd, lambda: all(reader.arrivals for reader in crowd))  # noqa: B023
+                vanished_at = time.monotonic()
+                for reader in crowd:
+                    getattr(reader, way)()
+                wait_for(
+                    lambda: server.log.count("generator closed") == readers * (wave + 1),  # noqa: B023
+                    "the end of the generators",
+                )
+                took = max(took, time.monotonic() - vanished_at)
+        finally:
+            server.kill()
+    return took
+
+
+def print_row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def main() -> int:
+    """Print the table; return 1 if we lost an event, sent one twice, or cut a stream off."""
+    parser = argparse.ArgumentParser(description="Make the table of faults.")
+    parser.add_argument("--readers", type=int, default=200)
+    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--vanishing", type=int, default=1000, help="0: leave it out")
+    parser.add_argument("--only", default="", help="only faults whose name has this in it")
+    parser.add_argument("--ours", action="store_true", help="leave out the others")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # the clients tell of each loss
+    names = [OURS] if arguments.ours else list(SERVERS)
+    faults = [fault for fault in FAULTS if arguments.only in fault.name]
+    failed = False
+
+    print_row("fault", "times tried", "lost", "doubled", *names[1:])
+    print_row(*["---"] * (len(names) + 3))
+    with many_descriptors(4096):
+        for fault in faults:
+            results = {name: Result() for name in names}
+            for _ in range(arguments.tries):
+                for name in names:
+                    asyncio.run(strike_in_mid_stream(name, fault, arguments.readers, results[name]))
+            ours, *others = results.values()
+            cut_by_us = ours.cut if fault.strike is not pull_the_plug else 0
+            failed = failed or bool(ours.lost or ours.doubled or cut_by_us)
+            tried = f"{ours.tried} streams; {ours.took:.1f} s"
+            print_row(fault.name, tried, ours.lost, ours.doubled, *others)
+        if arguments.vanishing:
+            seconds = [f"{vanish(name, arguments.vanishing):.1f} s" for name in names]
+            tried = f"{3 * arguments.vanishing} readers; {seconds[0]}"
+            print_row("readers vanish: generators closed", tried, "–", "–", *seconds[1:])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Readers that vanish, that stop reading, and that are too many."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.processes import (
+    LOG_CONFIG,
+    ROOT,
+    UVICORN,
+    Process,
+    Start,
+    free_port,
+    need,
+    wait_for,
+)
+from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
+
+# These load the server as hard as they can: not two of them at once.
+pytestmark = pytest.mark.xdist_group("readers")
+
+STUCK = "/ndjson?steps=100000&interval=0"  # a reader that does not read this blocks its sending
+
+
+@pytest.fixture
+def server(start: Start, tmp_path: Path) -> Iterator[Process]:
+    """A server that may have many connections, and whose log shows its generators' ends."""
+    (tmp_path / "log.json").write_text(json.dumps(LOG_CONFIG))
+    with many_descriptors(4096) as allowed:
+        if not allowed:
+            pytest.skip("this user may not open 4,096 files: raise the limit (`ulimit -Hn`)")
+        yield start(*UVICORN, "--log-config", str(tmp_path / "log.json"), "--no-access-log")
+
+
+def closed_generators(server: Process) -> list[int]:
+    """Return the event at which each generator that was closed so far was closed."""
+    return [int(at) for at in re.findall(r"generator closed at event (\d+) of", server.log)]
+
+
+def memory(server: Process) -> float:
+    """Return the resident memory in MB."""
+    return float(psutil.Process(server.pid).memory_info().rss / 1e6)
+
+
+def may_vanish() -> bool:
+    """Tell whether this user may close a socket without a packet."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        reader = RawReader(listener.getsockname()[1], "/")
+        try:
+            reader.vanish()
+        except PermissionError:
+            reader.close()
+            return False
+        return True
+
+
+def test_a_thousand_readers_vanish(server: Process) -> None:
+    """Closed or reset while their streams sleep, gone without a word, or blocked in sending.
+
+    Ten waves of it leave no growth.
+    """
+    ways = [
+        ("close", "/ndjson?interval=10", 1000),
+        ("reset", "/sse?interval=10", 1000),
+        ("vanish", "/text?steps=1000&interval=0.5", 1000),
+        # Each of these is sent 2 MB until the kernel's buffers are full: a few will do.
+        ("close", STUCK, 10),
+    ]
+    if not may_vanish():  # needs root
+        del ways[2]
+    process = psutil.Process(server.pid)
+    descriptors = process.num_fds()
+    after_wave = []
+    for wave in range(10):
+        way, target, count = ways[wave % len(ways)]
+        closed_before = len(closed_generators(server))
+        readers = [RawReader(server.port, target) for _ in range(count)]
+        if target == STUCK:
+            wait_until_idle(server)
+        else:
+            assert read_until(readers, lambda: all(reader.arrivals for reader in readers))  # noqa: B023
+        assert process.num_fds() >= descriptors + count
+
+        start = time.monotonic()
+        for reader in readers:
+            getattr(reader, way)()
+        wait_for(
+            lambda: len(closed_generators(server)) == closed_before + count,  # noqa: B023
+            f"the end of {count} generators",
+            limit=20,
+        )
+        wait_for(lambda: process.num_fds() == descriptors, "the descriptors to be closed", limit=20)
+        took = time.monotonic() - start
+        wait_until_idle(server)
+        after_wave.append(memory(server))
+        print(f"{way} {target}: {count} gone after {took:.2f} s, then {after_wave[-1]:.1f} MB")
+
+    # Python and malloc keep some of what they once had, and settle after the first waves. What a
+    # stream would leave is more: one costs 12 KB, so a wave that left its streams would add 12 MB.
+    # Here 4,000 readers and more may leave 2 MB, half a KB each.
+    assert after_wave[-1] - after_wave[4] < 2
+    assert "ERROR" not in server.log
+
+
+def test_stuck_readers_hold_up_nobody(server: Process) -> None:
+    """Nor do they cost more than their buffers; and one that reads again gets every event."""
+    before = memory(server)
+    stuck = [RawReader(server.port, STUCK) for _ in range(10)]
+    other = RawReader(server.port, "/ndjson?interval=0.2")
+    assert read_until([other], lambda: other.ended_at)
+    assert other.event_ids == list(range(10))
+    late = [at - other.arrivals[0] - k * 0.2 for k, at in enumerate(other.arrivals)]
+    print(f"beside ten stuck readers an event was up to {max(late) * 1000:.0f} ms late")
+    assert max(late) < 2
+
+    wait_until_idle(server)  # backpressure reached the generators
+    assert closed_generators(server) == [9]  # only the other reader's
+    cost = (memory(server) - before) / len(stuck)
+    print(f"a stuck reader costs {cost * 1000:.0f} KB")
+    assert cost < 2
+
+    again = stuck.pop()
+    assert read_until([again], lambda: again.ended_at)
+    assert again.ended_properly
+    assert again.event_ids == list(range(100_000))
+
+    for reader in stuck:
+        reader.close()
+    wait_for(lambda: len(closed_generators(server)) == 11, "the end of the generators")
+    reached = closed_generators(server)[2:]
+    print(f"their generators waited at event {min(reached)} to {max(reached)} of 100,000")
+    assert max(reached) < 90_000  # they stood still, and did not go on without a reader
+
+
+def test_stuck_reader_and_the_end_of_the_server(start: Start) -> None:
+    """Without a limit uvicorn waits for such a reader; with one it does not, and says so."""
+    waiting = start(*UVICORN)
+    limited = start(*UVICORN, "--timeout-graceful-shutdown", "1")
+    for server in (waiting, limited):
+        stuck = RawReader(server.port, STUCK)
+        sleeping = RawReader(server.port, "/ndjson?interval=10")
+        wait_until_idle(server)
+        server.signal(signal.SIGTERM)
+        assert read_until([sleeping], lambda: sleeping.ended_at, limit=30)  # noqa: B023
+        assert sleeping.ended_properly
+        server.wait_for_log("Waiting for connections to close")
+        if server is limited:
+            server.wait()
+            assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in server.log
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.popen.wait(1.5)
+        stuck.close()
+    waiting.wait()  # the stuck reader has gone
+
+
+# The time after which they let a reader go that takes nothing: 60 s in nginx if nothing is said.
+NGINX = """
+daemon off; pid {folder}/nginx.pid; error_log stderr; events {{}}
+http {{
+    access_log off;
+    send_timeout 1s;
+    server {{
+        listen 127.0.0.1:{port} sndbuf=16k;
+        location / {{ proxy_pass http://127.0.0.1:{upstream}; proxy_buffering off; }}
+    }}
+}}
+"""
+HAPROXY = """
+global
+    tune.sndbuf.client 16384
+defaults
+    mode http
+    timeout connect 5s
+    timeout server 60s
+    timeout client 1s
+frontend stuck
+    bind 127.0.0.1:{port}
+    default_backend uvicorn
+backend uvicorn
+    server one 127.0.0.1:{upstream}
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "flag", "config"),
+    [("nginx", "-c", NGINX), ("haproxy", "-f", HAPROXY)],
+    ids=["nginx", "haproxy"],
+)
+def test_proxy_lets_a_stuck_reader_go(
+    program: str, flag: str, config: str, server: Process, start: Start, tmp_path: Path
+) -> None:
+    """What uvicorn has no limit for, the proxy before it has.
+
+    Small send buffers and the longest stream, so that it does not end in the buffers on the way.
+    """
+    port = free_port()
+    file = tmp_path / "proxy.conf"
+    file.write_text(config.format(folder=tmp_path, port=port, upstream=server.port))
+    start(need(program, program), flag, str(file), port=port)
+    stuck = RawReader(port, STUCK.replace("ndjson", "sse"))
+    wait_for(lambda: closed_generators(server), "the generator to be closed")
+    (reached,) = closed_generators(server)
+    assert 1_000 < reached < 99_999  # after the buffers were full, and before the stream's own end
+    stuck.close()
+
+
+def test_limit_of_streams(start: Start) -> None:
+    """`--limit-concurrency 4` serves three streams; who comes then gets a 503, and comes again."""
+    server = start(*UVICORN, "--limit-concurrency", "4")
+    streams = [RawReader(server.port, "/ndjson?interval=10") for _ in range(3)]
+    assert read_until(streams, lambda: all(stream.arrivals for stream in streams))
+
+    refused = RawReader(server.port, "/ndjson")
+    assert read_until([refused], lambda: refused.ended_at)
+    assert (refused.status, bytes(refused.body)) == (503, b"Service Unavailable")
+
+    url = f"{server.url}/ndjson?interval=0.01"
+    commands: list[list[Any]] = [
+        [sys.executable, ROOT / "client_sync.py", url],
+        [sys.executable, ROOT / "client_async.py", url],
+    ]
+    clients = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    for client in clients:  # each of them has been refused before a place is free
+        assert client.stderr
+        assert "the server answered 503 Service Unavailable" in client.stderr.readline()
+    for stream in streams:
+        stream.close()
+    for client in clients:
+        stdout, stderr = client.communicate(timeout=60)
+        assert client.returncode == 0, stderr
+        assert len(stdout.splitlines()) == 10
+
+
+@pytest.mark.parametrize("module", ["client_sync", "client_async"])
+def test_client_gives_up_where_no_place_becomes_free(module: str, start: Start) -> None:
+    server = start(*UVICORN, "--limit-concurrency", "1")  # which serves nobody
+    patience = f"import {module}; {module}.GIVE_UP_AFTER = 1.0; raise SystemExit({module}.main())"
+    result = subprocess.run(
+        [sys.executable, "-c", patience, f"{server.url}/ndjson"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "503 Service Unavailable" in result.stderr.splitlines()[-1]
+    assert "Gave up at the start" in result.stderr.splitlines()[-1]

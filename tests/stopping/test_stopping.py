@@ -1,0 +1,354 @@
+"""The server is asked to stop in mid-stream, by the signals that people and supervisors send."""
+
+import itertools
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT, UVICORN, Process, Start, need, wait_for
+from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
+
+READERS = 200
+# How long streams may take to end in a test: on a busy machine not a quarter of a second, but far
+# less than the ten seconds that some of them would still sleep.
+SOON = 4.0
+
+# Lines with the time in them; an error line is one that has ERROR or CRITICAL in it.
+LOG_CONFIG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"timed": {"format": "%(created).3f %(levelname)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "timed"}},
+    "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "INFO"}},
+}
+
+# `python main.py`, but with its port 8000 replaced: somebody else may listen there.
+MAIN = """
+import runpy, sys, uvicorn
+run = uvicorn.run
+uvicorn.run = lambda app, **options: run(app, **options | {"port": int(sys.argv[1])})
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def save_a_file(server: Process) -> None:
+    """Do what an editor does."""
+    with (Path(server.options["cwd"]) / "main.py").open("a") as file:
+        file.write("# saved\n")
+
+
+def press_ctrl_c(server: Process) -> None:
+    """Send SIGINT to everyone in the foreground, once."""
+    server.signal(signal.SIGINT, everyone=True)
+
+
+def terminate(server: Process) -> None:
+    """Send SIGTERM to the process that was started, as systemd and Docker do."""
+    server.signal(signal.SIGTERM)
+
+
+RELOAD = (*UVICORN, "--reload")
+WORKERS = (*UVICORN, "--workers", "2")
+AT_ONCE = ""
+# How the server runs, what is done to it, and the line of its log that says when the process that
+# has the streams is sent the signal, where that is not at once: uvicorn looks for a changed file,
+# and the parent of workers for a signal, several times a second.
+STOPS = {
+    "reload": (RELOAD, save_a_file, r"([\d.]+) WARNING .* Reloading\.\.\."),
+    "SIGTERM": (UVICORN, terminate, AT_ONCE),
+    "reload, Ctrl-C": (RELOAD, press_ctrl_c, AT_ONCE),
+    "workers, Ctrl-C": (WORKERS, press_ctrl_c, AT_ONCE),
+    "workers, SIGTERM": (WORKERS, terminate, r"([\d.]+) INFO Terminated child process"),
+    "python main.py, Ctrl-C": ((sys.executable, "-c", MAIN, "{port}"), press_ctrl_c, AT_ONCE),
+}
+
+
+def assert_no_error(log: str) -> None:
+    assert not re.search("Traceback|ERROR|CRITICAL|Exception", log), log
+
+
+@pytest.mark.parametrize(("command", "stop", "signalled"), STOPS.values(), ids=STOPS.keys())
+def test_every_stream_ends_at_once_and_goes_on(
+    command: tuple[str, ...],
+    stop: Callable[[Process], None],
+    signalled: str,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    curl = need("curl", "curl")
+    # A copy, so that saving a file there reloads no server of another test.
+    app = tmp_path / "app"
+    app.mkdir()
+    shutil.copy(ROOT / "main.py", app)
+    shutil.copytree(ROOT / "page", app / "page")
+    if "uvicorn" in command:
+        (tmp_path / "log.json").write_text(json.dumps(LOG_CONFIG))
+        command = (*command, "--log-config", str(tmp_path / "log.json"))
+    server = start(*command, cwd=app)
+
+    # First those that take a while to start. Their streams are long enough for what follows.
+    clients = [
+        Client(script, f"{server.url}/ndjson?interval=1", tmp_path)
+        for script in ("client_sync.py", "client_async.py")
+    ]
+    wait_for(lambda: all(client.printed() for client in clients), "the clients' first events")
+    curls = [
+        subprocess.Popen([curl, "-sN", f"{server.url}{path}?interval=10"], stdout=subprocess.PIPE)
+        for path in FORMATS
+    ]
+    for process in curls:
+        assert process.stdout
+        assert process.stdout.read(1)
+    kinds = itertools.cycle(itertools.product(FORMATS, (10, 0.5, 0.05)))
+    readers = [
+        RawReader(server.port, f"{path}?steps=100000&interval={interval}")
+        for path, interval in itertools.islice(kinds, READERS)
+    ]
+    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+
+    stopped_at = time.time()
+    stop(server)
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    if signalled:
+        stopped_at = float(server.wait_for_log(signalled)[0])
+    took = max(reader.ended_at for reader in readers) - stopped_at
+    print(f"{READERS} streams ended within {took * 1000:.0f} ms of the signal")
+    assert took < SOON
+    for reader in readers:
+        assert reader.ended_properly, f"{reader.path} was cut off"
+        assert reader.ended_after_an_event
+        assert reader.event_ids == list(range(len(reader.event_ids)))
+    assert [process.wait(30) for process in curls] == [0, 0, 0]
+
+    if stop is save_a_file:
+        # The listening socket stays open, so nobody is refused before the new worker runs. Who
+        # still gets to the old one has an event and the proper end, and goes on; or, if uvicorn has
+        # just closed its connections, no answer at all, and asks again.
+        ids: list[int] = []
+        while ids[-1:] != [2]:
+            reader = read_all(server.port, f"Last-Event-ID: {ids[-1]}\r\n" if ids else "")
+            assert reader.ended_properly or not reader.status
+            ids += reader.event_ids
+        assert ids == [0, 1, 2]
+    else:
+        server.wait()
+        print(f"the server was down after {time.time() - stopped_at:.2f} s")
+        server.start()
+    for client in clients:
+        client.assert_went_on()
+    assert_no_error(server.log)
+
+
+def read_all(port: int, headers: str) -> RawReader:
+    """Ask for three events at once; return the reader when it has its answer, or none."""
+    reader = RawReader(port, "/ndjson?steps=3&interval=0", headers)
+    assert read_until([reader], lambda: reader.ended_at)
+    return reader
+
+
+class Client:
+    """A client script, run as a person does, whose output can be looked at while it runs."""
+
+    def __init__(self, script: str, url: str, folder: Path) -> None:
+        self.stdout, self.stderr = folder / f"{script}.out", folder / f"{script}.err"
+        with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
+            self.popen = subprocess.Popen(
+                [sys.executable, ROOT / script, url], stdout=stdout, stderr=stderr
+            )
+
+    def printed(self) -> list[str]:
+        return self.stdout.read_text().splitlines()
+
+    def assert_went_on(self) -> None:
+        assert self.popen.wait(60) == 0, self.stderr.read_text()
+        events = [json.loads(line.partition("  ")[2]) for line in self.printed()]
+        assert [event["event_id"] for event in events] == list(range(10))
+        assert "resuming it" in self.stderr.read_text()
+
+
+STUCK = "/ndjson?steps=100000&interval=0"  # a reader that does not read this blocks its sending
+
+
+def test_second_ctrl_c_forces(start: Start) -> None:
+    server = start(*UVICORN)
+    stuck = RawReader(server.port, STUCK)
+    wait_until_idle(server)
+    press_ctrl_c(server)
+    server.wait_for_log("Waiting for connections to close")
+    assert server.popen.poll() is None
+    press_ctrl_c(server)
+    server.wait()
+    stuck.close()
+
+
+def receive_until(connection: socket.socket, end: bytes) -> bytes:
+    """Return what came, to the `end` or until the connection was closed."""
+    received = b""
+    while not received.endswith(end) and (data := connection.recv(65536)):
+        received += data
+    return received
+
+
+def test_new_requests_while_stopping(start: Start) -> None:
+    """Each is answered to its proper end, or its connection is closed or refused: none hangs."""
+    server = start(*UVICORN, "--timeout-graceful-shutdown", "2")
+    stuck = RawReader(server.port, STUCK)
+    wait_until_idle(server)
+    kept_alive = []
+    for _ in range(20):
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=SOON)
+        connection.sendall(b"GET /text?steps=1 HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert receive_until(connection, b"0\r\n\r\n")
+        kept_alive.append(connection)
+
+    terminate(server)
+    outcomes = []
+    while server.popen.poll() is None:
+        try:
+            if kept_alive:
+                connection = kept_alive.pop()
+            else:
+                connection = socket.create_connection(("127.0.0.1", server.port), timeout=SOON)
+            with connection:
+                connection.sendall(
+                    b"GET /text?interval=10 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+                )
+                answer = receive_until(connection, b"0\r\n\r\n")
+            outcomes.append("answered" if answer else "closed")
+            assert not answer or answer.endswith(b"Step 1 of 10: \xe2\x98\x95\n\r\n0\r\n\r\n")
+        except ConnectionRefusedError:
+            outcomes.append("refused")
+            time.sleep(0.02)
+        except (ConnectionResetError, BrokenPipeError):
+            outcomes.append("closed")
+    print({outcome: outcomes.count(outcome) for outcome in ("answered", "closed", "refused")})
+    assert "refused" in outcomes
+    stuck.close()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_where_there_is_no_signal_to_take() -> None:
+    """In a thread and under TestClient the app streams, and leaves the signals alone."""
+    result = run_python("""
+import signal, threading, time
+import requests, uvicorn
+from starlette.testclient import TestClient
+from main import app
+
+def handlers():
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+before = handlers()
+server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+thread = threading.Thread(target=server.run)
+thread.start()
+while not server.started:
+    time.sleep(0.01)
+port = server.servers[0].sockets[0].getsockname()[1]
+answer = requests.get(f"http://127.0.0.1:{port}/ndjson?interval=0.05")
+assert len(answer.text.splitlines()) == 10, answer.text
+assert handlers() == before
+server.should_exit = True
+thread.join(10)
+assert not thread.is_alive()
+
+for client in (TestClient(app), TestClient(app).__enter__()):  # without and with lifespan
+    answer = client.get("/sse?interval=0.05")
+    assert answer.text.count("data: ") == 10, answer.text
+    assert handlers() == before
+client.__exit__(None, None, None)
+""")
+    assert result.returncode == 0, result.stderr
+
+
+def test_run_twice_in_one_process(start: Start) -> None:
+    """A server that was stopped leaves nothing behind that would stop the next one's streams."""
+    code = """
+import signal, sys, uvicorn
+before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+for _ in range(2):
+    uvicorn.run("main:app", port=int(sys.argv[1]))
+    assert before == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+"""
+    server = start(sys.executable, "-c", code, "{port}")
+    for run in (1, 2):
+        server.wait_for_log("Application startup complete", count=run)
+        server.wait_until_listening()
+        readers = [RawReader(server.port, f"/sse?interval={interval}") for interval in (10, 0.05)]
+        sleeping, whole = readers
+        assert read_until(readers, lambda: whole.ended_at and sleeping.arrivals)  # noqa: B023
+        assert whole.event_ids == list(range(10))
+        press_ctrl_c(server)
+        assert read_until(readers, lambda: sleeping.ended_at, limit=SOON)  # noqa: B023
+        assert sleeping.ended_properly
+    assert server.wait() == 0
+    assert_no_error(server.log)
+
+
+GRANIAN = "granian --interface asgi --port {port} main:app"
+HYPERCORN = "hypercorn --bind 127.0.0.1:{port} main:app"
+
+
+@pytest.mark.parametrize(
+    ("command", "proper"),
+    [(GRANIAN, True), (f"{HYPERCORN} --workers 0", True), (HYPERCORN, False)],
+    ids=["granian", "hypercorn", "hypercorn with a worker process"],
+)
+def test_other_servers(command: str, proper: bool, start: Start) -> None:
+    """They stream the events live, and stop when asked.
+
+    hypercorn tells its worker processes to stop in a way of its own, not with a signal: there the
+    app notices nothing, and hypercorn cuts the streams off after three seconds.
+    """
+    program, *arguments = command.split()
+    server = start(str(Path(sys.executable).with_name(program)), *arguments)
+    readers = [RawReader(server.port, f"{path}?interval=0.1") for path in FORMATS]
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    for reader in readers:
+        assert reader.ended_properly
+        assert reader.event_ids == list(range(10))
+        assert reader.arrivals[-1] - reader.arrivals[0] > 0.5  # not all at once
+
+    # A reader that leaves does it no harm, wherever the next event finds out.
+    for path in FORMATS:
+        leaver = RawReader(server.port, f"{path}?interval=0.05")
+        assert read_until([leaver], lambda: leaver.arrivals)  # noqa: B023
+        leaver.reset()
+
+    readers = [RawReader(server.port, f"{path}?interval=10") for path in FORMATS]
+    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+    moment = time.time()
+    terminate(server)
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers), limit=9)
+    took = max(reader.ended_at for reader in readers) - moment
+    server.popen.wait(30)
+    print(f"streams ended within {took:.2f} s, the server {time.time() - moment:.2f} s")
+    assert [reader.event_ids for reader in readers] == [[0], [0], [0]]
+    assert [reader.ended_properly for reader in readers] == [proper] * 3
+    if proper:
+        assert took < SOON
+        assert_no_error(server.log)
+
+
+def test_the_table_of_faults_in_short() -> None:
+    """Of our server, and a few readers: nothing lost, nothing doubled, nothing cut off."""
+    command = [sys.executable, "-m", "tests.stopping.faults", "--ours", "--tries", "1"]
+    command += ["--readers", "6", "--vanishing", "0", "--only", "kill"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(
+        r"^\| kill -9, started again \| 6 streams; .* \| 0 \| 0 \|$", result.stdout, re.M
+    )

@@ -1,0 +1,61 @@
+"""The server as the page may find it, such as `uvicorn tests.support.page_servers:held_back`."""
+
+import json
+
+from starlette.types import Message, Receive, Scope, Send
+
+from main import app
+
+STREAMS = ("/text", "/ndjson", "/sse")
+
+
+async def held_back(scope: Scope, receive: Receive, send: Send) -> None:
+    """All of a stream at once at its end, as behind a proxy that buffers."""
+    held: list[Message] = []
+
+    async def hold(message: Message) -> None:
+        if scope["path"] not in STREAMS:
+            await send(message)
+            return
+        held.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            for each in held:
+                await send(each)
+
+    await app(scope, receive, hold if scope["type"] == "http" else send)
+
+
+MARKUP = '<img src="x" onerror="document.title = 1"><b>bold</b>\ufeff'
+
+
+async def markup(scope: Scope, receive: Receive, send: Send) -> None:
+    """Data that would be markup, if the page took it for that."""
+
+    async def replace(message: Message) -> None:
+        if scope["path"] in STREAMS and message["type"] == "http.response.body":
+            data = MARKUP if scope["path"] == "/text" else json.dumps(MARKUP)[1:-1]
+            message["body"] = message["body"].replace(b"Step", data.encode())
+        await send(message)
+
+    await app(scope, receive, replace if scope["type"] == "http" else send)
+
+
+async def telling(scope: Scope, receive: Receive, send: Send) -> None:
+    """A server that prints after which event a stream was resumed, and when one is over."""
+    for name, value in scope.get("headers", []):
+        if name == b"last-event-id":
+            print(f"{scope['path']} after {value.decode()}", flush=True)
+    await app(scope, receive, send)
+    if scope["type"] == "http":
+        print(f"{scope['path']} is over", flush=True)
+
+
+async def gap(scope: Scope, receive: Receive, send: Send) -> None:
+    """A server that loses event 2."""
+
+    async def lose(message: Message) -> None:
+        if b'"event_id":2,' in message.get("body", b""):
+            message["body"] = b""
+        await send(message)
+
+    await app(scope, receive, lose if scope["type"] == "http" else send)
