@@ -73,7 +73,7 @@ def stock(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 def start_app(start: Start, app: str) -> Process:
     """Start one of the servers that lack a header."""
-    command = ("-m", "uvicorn", f"proxies:{app}", "--app-dir", "tests", "--port", "{port}")
+    command = ("-m", "uvicorn", f"tests.support.proxies:{app}", "--port", "{port}")
     return start(sys.executable, *command)
 
 

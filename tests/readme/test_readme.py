@@ -8,6 +8,7 @@ import contextlib
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from typing import NamedTuple
 import pytest
 
 import main
-from tests.support.processes import LIMIT, ROOT, Process, need, wait_for
+from tests.support.processes import LIMIT, ROOT, Process, Start, need, wait_for
+from tests.support.raw_reader import RawReader, read_until
 
 README = (ROOT / "README.md").read_text()
 PORT = 8000  # The README's own, or its commands could not be run as they stand.
@@ -140,6 +142,32 @@ def test_a_program_reads_the_stream_like_a_collection(readme_server: Process, bl
     )
     assert result.stdout == "".join(f"Step {i} of 10: ☕\n" for i in range(1, 11))
     assert result.stderr == ""
+
+
+def test_four_lines_end_the_streams_of_any_app(tmp_path: Path, start: Start) -> None:
+    """The README's app, and a stream that knows nothing of it: a stopping server does not wait."""
+    stream = """
+import asyncio
+from fastapi.responses import StreamingResponse
+
+async def events():
+    yield "data: one\\n\\n"
+    await asyncio.sleep(600)
+
+@app.get("/sse")
+async def sse():
+    return StreamingResponse(events(), media_type="text/event-stream")
+"""
+    (tmp_path / "own.py").write_text(only("run: an app") + stream)
+    command = (sys.executable, "-m", "uvicorn", "own:app", "--app-dir", str(tmp_path))
+    server = start(*command, "--port", "{port}")
+    reader = RawReader(server.port, "/sse")
+    assert read_until([reader], lambda: reader.arrivals)
+    server.signal(signal.SIGTERM)
+    assert read_until([reader], lambda: reader.ended_at)
+    assert reader.ended_properly
+    server.wait()
+    assert "ERROR" not in server.log
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark.startswith("from ")])

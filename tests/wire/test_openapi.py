@@ -68,7 +68,7 @@ def test_any_last_event_id(shared_server: Process, path: str, last: str) -> None
 
 
 def test_docs_show_the_streams(shared_server: Process) -> None:
-    """Media types, parameters with their ranges, an example as it is on the wire, 204 and 422."""
+    """Media types, parameters with their ranges, 204 and 422."""
     paths = requests.get(f"{shared_server.url}/openapi.json", timeout=LIMIT).json()["paths"]
     for path, media_type in (
         ("/text", "text/plain"),
@@ -86,10 +86,7 @@ def test_docs_show_the_streams(shared_server: Process) -> None:
             if parameter["in"] == "query"
         }
         assert ranges == {"steps": (1, 100_000, 10), "interval": (0, 10, 1.0)}
-        (content,) = operation["responses"]["200"]["content"].items()
-        assert content[0] == media_type
-        sent = requests.get(f"{shared_server.url}{path}?steps=2&interval=0", timeout=LIMIT)
-        assert content[1]["example"].encode() == sent.content
+        assert list(operation["responses"]["200"]["content"]) == [media_type]
         resumable = path != "/text"
         assert ("204" in operation["responses"]) == resumable
         headers = [p["name"] for p in operation["parameters"] if p["in"] == "header"]
