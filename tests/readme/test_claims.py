@@ -11,7 +11,7 @@ import pytest
 import requests
 from aiohttp.http_exceptions import LineTooLong
 
-from tests.readme.test_readme import only
+from tests.readme.test_readme import README
 from tests.support.browsers import BROWSERS
 from tests.support.processes import LIMIT, Process, wait_for
 from tests.support.wrong_servers import CHUNKED, CLOSED, END, Connection, chunk, event, wrong_server
@@ -107,7 +107,7 @@ def test_two_lines_in_the_console_of_the_page_read_the_stream(
     with BROWSERS[name](tmp_path) as browser:
         browser.open(shared_server.url)
         browser.run("window.seen = []; console.log = (event) => seen.push(event.event_id)")
-        browser.run(only("run: in a browser"))
+        browser.run(README.only("run: in a browser"))
         wait_for(lambda: browser.run("return seen.length") == 10, "ten events")
         assert browser.run("return seen") == list(range(10))
         # It stops by itself, at the 204.

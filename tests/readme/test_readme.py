@@ -1,54 +1,36 @@
 """The README tells no tales: its commands are run, its outputs and its excerpts compared.
 
-Each fenced block has a comment in front of it that says what is done with it here. Times of day and
-durations are set aside; a line `...` in an output stands for any number of lines.
+Each fenced block has a comment in front of it that says what is done with it here. The server is
+the one that the README starts, on its port 8000.
 """
 
-import contextlib
-import os
-import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import main
-from tests.support.processes import LIMIT, ROOT, Process, Start, need, wait_for
+from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until
+from tests.support.readme import (
+    PORT,
+    Block,
+    Readme,
+    Terminal,
+    check_commands,
+    check_excerpt,
+    commands,
+    shows,
+)
 
-README = (ROOT / "README.md").read_text()
-PORT = 8000  # The README's own, or its commands could not be run as they stand.
+README = Readme("README.md")
 
 pytestmark = pytest.mark.xdist_group("port 8000")
-
-
-class Block(NamedTuple):
-    mark: str
-    text: str
-
-
-BLOCKS = [
-    Block(mark or "", text)
-    for mark, text in re.findall(
-        r"^(?:<!-- ([^\n]*) -->\n)?```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
-    )
-]
-
-
-def marked(mark: str) -> list[str]:
-    return [block.text for block in BLOCKS if block.mark == mark]
-
-
-def only(mark: str) -> str:
-    (text,) = marked(mark)
-    return text
 
 
 @pytest.fixture
@@ -61,69 +43,18 @@ def readme_server(tmp_path: Path) -> Iterator[Process]:
     process.kill()
 
 
-class Terminal:
-    """Runs a command line in a terminal of its own, and knows what is on the screen by now."""
-
-    def __init__(self, command: str) -> None:
-        need(command.split()[0], command.split()[0])
-        self.screen = ""
-        self.output, program = pty.openpty()
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.process = subprocess.Popen(
-            ["bash", "-c", command],
-            stdout=program,
-            stderr=program,
-            cwd=ROOT,
-            env={**os.environ, "PATH": path},
-        )
-        os.close(program)
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-
-    def _read(self) -> None:
-        # Linux ends what a terminal gives with an error.
-        with contextlib.suppress(OSError), os.fdopen(self.output, newline="") as lines:
-            for line in lines:
-                self.screen += line.replace("\r\n", "\n")
-
-    def wait(self) -> str:
-        self.process.wait(LIMIT)
-        self.reader.join(LIMIT)
-        return self.screen
-
-
-def shows(readme: str, screen: str) -> bool:
-    """Tell whether the screen shows what the README does, times and durations aside."""
-
-    def timeless(text: str) -> str:
-        text = re.sub(r"\b\d\d:\d\d:\d\d\.\d{3}\b", "TIME", text)
-        return re.sub(r"\b\d+\.\d\d s\b", "DURATION", text)
-
-    pattern = re.escape(timeless(readme)).replace(re.escape("...\n"), "(?:.*\n)*")
-    return re.fullmatch(pattern, timeless(screen)) is not None
-
-
-def commands(block: str) -> list[tuple[str, str]]:
-    """Return the commands of a console block, each with the output that the README shows."""
-    nothing, *parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
-    assert nothing == ""
-    return list(zip(parts[::2], parts[1::2], strict=True))
-
-
 def test_every_block_says_how_it_is_checked() -> None:
     known = r"run|run, .*|run: .*|from \S+|test command|not run here: .*"
-    assert [block for block in BLOCKS if not re.fullmatch(known, block.mark)] == []
+    assert [block for block in README.blocks if not re.fullmatch(known, block.mark)] == []
 
 
-@pytest.mark.parametrize("block", marked("run"))
+@pytest.mark.parametrize("block", README.marked("run"))
 def test_a_command_prints_what_the_readme_shows(readme_server: Process, block: str) -> None:
-    for command, shown in commands(block):
-        screen = Terminal(command).wait()
-        assert shows(shown, screen), f"$ {command}\n{screen}"
+    check_commands(block)
 
 
 def test_the_plug_is_pulled(readme_server: Process) -> None:
-    block = only("run, with kill -9 of the server after the third event, and a new one")
+    block = README.only("run, with kill -9 of the server after the third event, and a new one")
     ((command, shown),) = commands(block)
     terminal = Terminal(command)
     wait_for(lambda: '"event_id": 2' in terminal.screen, "the third event")
@@ -135,7 +66,7 @@ def test_the_plug_is_pulled(readme_server: Process) -> None:
     assert [int(i) for i in re.findall(r'"event_id": (\d+)', screen)] == list(range(10))
 
 
-@pytest.mark.parametrize("block", marked("run: a program"))
+@pytest.mark.parametrize("block", README.marked("run: a program"))
 def test_a_program_reads_the_stream_like_a_collection(readme_server: Process, block: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
@@ -158,9 +89,9 @@ async def events():
 async def sse():
     return StreamingResponse(events(), media_type="text/event-stream")
 """
-    (tmp_path / "own.py").write_text(only("run: an app") + stream)
+    (tmp_path / "own.py").write_text(README.only("run: an app") + stream)
     command = (sys.executable, "-m", "uvicorn", "own:app", "--app-dir", str(tmp_path))
-    server = start(*command, "--port", "{port}")
+    server = start(*command, "--port", "{port}", env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
     reader = RawReader(server.port, "/sse")
     assert read_until([reader], lambda: reader.arrivals)
     server.signal(signal.SIGTERM)
@@ -170,18 +101,18 @@ async def sse():
     assert "ERROR" not in server.log
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark.startswith("from ")])
+@pytest.mark.parametrize("block", [b for b in README.blocks if b.mark.startswith("from ")])
 def test_an_excerpt_is_in_the_file_that_it_comes_from(block: Block) -> None:
-    assert block.text in (ROOT / block.mark.removeprefix("from ")).read_text()
+    check_excerpt(block.text, block.mark.removeprefix("from "))
 
 
 def test_two_commands_do_all_the_set_up() -> None:
     """The run command does not end, so only its parts are checked here; .ci/run runs the other."""
-    run = next(block.text for block in BLOCKS if block.mark.startswith("not run here: "))
+    run = next(block.text for block in README.blocks if block.mark.startswith("not run here: "))
     install, serve = run.strip().rsplit(" && ", 1)
     assert install == "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     assert serve == ".venv/bin/uvicorn main:app --reload"
-    assert only("test command").count("\n") == 1
+    assert README.only("test command").count("\n") == 1
 
 
 def test_bytes_on_the_wire() -> None:
@@ -190,4 +121,4 @@ def test_bytes_on_the_wire() -> None:
         len(to_bytes(event)) for to_bytes in (main.to_text, main.to_ndjson, main.to_sse)
     )
     row = f"| costs on the wire, for such an event | {text} bytes | {ndjson} bytes | {sse} bytes |"
-    assert row in README
+    assert row in README.text

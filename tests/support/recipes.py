@@ -1,0 +1,29 @@
+"""The recipes as the tests run them: `uvicorn recipes.NAME:app` on some free port."""
+
+import sys
+from pathlib import Path
+
+from tests.support.processes import ENVIRONMENT, ROOT, Process, Start
+
+# Every recipe that there is; "recipes.basics" is one.
+RECIPES = sorted(
+    f"recipes.{file.stem}" for file in (ROOT / "recipes").glob("*.py") if file.stem != "__init__"
+)
+# What a recipe needs in its environment, so that tests which run at once do not meet in one file.
+# `{tmp}` is a directory of the test's own.
+NEEDS: dict[str, dict[str, str]] = {
+    "recipes.export": {},
+    "recipes.tail": {},
+    "recipes.tokens": {},
+    "recipes.long_task": {},
+    "recipes.feed": {},
+}
+
+
+def start_recipe(start: Start, recipe: str, tmp_path: Path, **environment: str) -> Process:
+    """Start the server of a recipe; wait until it listens. More can be put in its environment."""
+    needs = {k: v.replace("{tmp}", str(tmp_path)) for k, v in NEEDS.get(recipe, {}).items()}
+    return start(
+        *(sys.executable, "-m", "uvicorn", f"{recipe}:app", "--port", "{port}"),
+        env=ENVIRONMENT | needs | environment,
+    )
