@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import UVICORN, Process, Start, free_port
 
 
@@ -40,3 +41,10 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]
     process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
     yield process
     process.kill()
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server with an empty database, for one test."""
+    with running_postgres() as server:
+        yield server

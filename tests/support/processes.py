@@ -44,9 +44,9 @@ def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> A
     return value
 
 
-def need(program: str, package: str) -> str:
+def need(program: str, package: str, places: str = "/usr/sbin:/sbin") -> str:
     """Return the path of a program; without it skip the test, or with CI=true fail it."""
-    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    path = shutil.which(program) or shutil.which(program, path=places)
     if path:
         return path
     message = f"{program} is not installed: apt-get install {package}"
