@@ -30,12 +30,12 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import uvicorn
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.middleware import Middleware
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -182,14 +182,7 @@ class Stream(Response):
         sender = asyncio.current_task()
         assert sender is not None
         cancelled_before = sender.cancelling()
-
-        async def cancel_sender_when_the_reader_leaves() -> None:
-            # uvicorn's `send` says nothing when the reader is gone; only `receive` tells.
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            sender.cancel()
-
-        watcher = asyncio.create_task(cancel_sender_when_the_reader_leaves())
+        watcher = asyncio.create_task(cancel_when_the_reader_leaves(sender, receive))
         try:
             headers = self.raw_headers
             await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -197,6 +190,7 @@ class Stream(Response):
                 async for event in self.events:
                     body = self.to_bytes(event)
                     await send({"type": "http.response.body", "body": body, "more_body": True})
+                    del event, body  # or a stream that sleeps would keep them, a tenth of its size
             await send({"type": "http.response.body"})
         except asyncio.CancelledError:
             # The server may have cancelled it too, and that is not ours to swallow.
@@ -208,10 +202,17 @@ class Stream(Response):
             await self.background()
 
 
+async def cancel_when_the_reader_leaves(sender: asyncio.Task[Any], receive: Receive) -> None:
+    """uvicorn's `send` says nothing when the reader is gone; only `receive` tells."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    sender.cancel()
+
+
 class FreeStack:
     """Lets FastAPI's work on a request end before its `Stream` begins. All it does is save memory.
 
-        app.user_middleware.append(Middleware(FreeStack))  # the last in the list is the innermost
+        app.add_middleware(FreeStack)  # before all others: it works only as the innermost
 
     FastAPI sends a response from inside a dozen coroutines, and an open stream keeps them all for
     as long as it lasts: 10 KB of 27. So a `Stream` only leaves itself in there, and is sent from
@@ -220,10 +221,12 @@ class FreeStack:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        # What comes next to the router; a middleware in between would not see the stream.
+        self.innermost = isinstance(app, ExceptionMiddleware)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         left: list[tuple[Stream, AsyncExitStack]] = []
-        if scope["type"] == "http":
+        if scope["type"] == "http" and self.innermost:
             scope = {**scope, "free_stack": (scope["app"], scope["root_path"], left)}
         await self.app(scope, receive, send)
         del scope
@@ -394,8 +397,8 @@ NDJSON, SSE = "application/x-ndjson", "text/event-stream"
 NOTHING_LEFT = {"description": "No event is left after `Last-Event-ID`."}
 
 app = FastAPI(title="Streaming over HTTP")
+app.add_middleware(FreeStack)  # can be left out, see there
 app.add_middleware(EndStreams, media_types=("text/plain", NDJSON, SSE))
-app.user_middleware.append(Middleware(FreeStack))  # saves memory; can be left out
 
 
 def stream_after(

@@ -1,0 +1,195 @@
+"""The streams are ordinary responses: whatever people put around them works, live and whole."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.support.browsers import BROWSERS
+from tests.support.processes import ENVIRONMENT, LIMIT, Process, Start, wait_for
+from tests.support.raw_reader import RawReader, event_ids, read_until
+
+STREAMS = ("/text", "/ndjson", "/sse")
+OUTSIDE, INSIDE = ENVIRONMENT, {**ENVIRONMENT, "INSIDE": "1"}
+in_both_orders = pytest.mark.parametrize("order", [OUTSIDE, INSIDE], ids=["outside", "inside"])
+
+App = Callable[..., Process]
+
+
+@pytest.fixture
+def app(start: Start) -> App:
+    """Start one of tests/support/apps.py."""
+
+    def start_app(name: str, order: dict[str, str] = OUTSIDE) -> Process:
+        words = f"-m uvicorn --factory tests.support.apps:{name} --port {{port}}".split()
+        return start(sys.executable, *words, env=order)
+
+    return start_app
+
+
+def assert_live_and_whole(server: Process, path: str) -> None:
+    """Three events, half a second apart, the first before the last is made; a proper end."""
+    reader = RawReader(server.port, f"{path}?steps=3&interval=0.5")
+    assert read_until([reader], lambda: reader.ended_at)
+    assert reader.status == 200
+    assert reader.ended_properly
+    assert event_ids(f"/{path.rpartition('/')[2]}", bytes(reader.body)) == [0, 1, 2]
+    assert reader.arrivals[-1] - reader.arrivals[0] > 0.4
+
+
+def assert_ends_when_stopped(server: Process, paths: tuple[str, ...], headers: str = "") -> None:
+    readers = [RawReader(server.port, f"{path}?interval=10", headers) for path in paths]
+    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+    server.signal(15)
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    assert [reader.ended_properly for reader in readers] == [True] * len(paths)
+    server.wait()
+    assert not re.search("Traceback|ERROR", server.log), server.log
+
+
+@in_both_orders
+def test_cors(app: App, order: dict[str, str]) -> None:
+    server = app("cors", order)
+    for path in STREAMS:
+        assert_live_and_whole(server, path)
+        for last in ("", "3", "9"):  # a 200, a 200, a 204 where it can be resumed
+            headers = {"Origin": "http://elsewhere"} | ({"Last-Event-ID": last} if last else {})
+            answer = requests.get(f"{server.url}{path}?interval=0", headers=headers, timeout=LIMIT)
+            assert answer.status_code == (204 if last == "9" and path != "/text" else 200)
+            assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert_ends_when_stopped(server, STREAMS)
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+@in_both_orders
+def test_a_page_of_another_origin_reads_them(
+    name: str, app: App, order: dict[str, str], shared_server: Process, tmp_path: Path
+) -> None:
+    other = app("cors", order)
+    with BROWSERS[name](tmp_path) as browser:
+        browser.open(f"{shared_server.url}/text?steps=1")  # without the page's policy
+        browser.run(
+            """
+            window.seen = {sse: [], fetched: ""}
+            const source = new EventSource(arguments[0] + "/sse?steps=3&interval=0.1")
+            source.onmessage = (message) => seen.sse.push(JSON.parse(message.data).event_id)
+            fetch(arguments[0] + "/ndjson?steps=3&interval=0.1", {headers: {"Last-Event-ID": "0"}})
+                .then((answer) => answer.text()).then((text) => { seen.fetched = text })
+            """,
+            other.url,
+        )
+        wait_for(lambda: browser.run("return seen.sse.length == 3 && seen.fetched"), "both")
+        assert browser.run("return seen.sse") == [0, 1, 2]
+        assert re.findall(r'"event_id":(\d)', browser.run("return seen.fetched")) == ["1", "2"]
+        wait_for(lambda: '"GET /sse?steps=3&interval=0.1 HTTP/1.1" 204' in other.log, "the 204")
+
+
+@in_both_orders
+def test_http_middleware(app: App, order: dict[str, str]) -> None:
+    """`@app.middleware("http")`, which most apps have one of."""
+    server = app("http", order)
+    for path in STREAMS:
+        assert_live_and_whole(server, path)
+        answer = requests.get(f"{server.url}{path}?interval=0", timeout=LIMIT)
+        assert answer.headers["X-Mark"] == "seen"
+    answer = requests.get(f"{server.url}/sse", headers={"Last-Event-ID": "9"}, timeout=LIMIT)
+    assert (answer.status_code, answer.headers["X-Mark"]) == (204, "seen")
+    assert_ends_when_stopped(server, STREAMS)
+
+
+@in_both_orders
+def test_http_middleware_and_a_reader_that_leaves(app: App, order: dict[str, str]) -> None:
+    server = app("http", order)
+    assert_leaving_closes_the_generator(server)
+
+
+def assert_leaving_closes_the_generator(server: Process, prefix: str = "") -> None:
+    """A stream that nobody reads any more ends: the server has nothing left to wait for."""
+    readers = [RawReader(server.port, f"{prefix}{path}?interval=10") for path in STREAMS]
+    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+    for reader in readers:
+        reader.close()
+    server.signal(15)
+    server.wait()
+    assert not re.search("Traceback|ERROR", server.log), server.log
+
+
+@in_both_orders
+def test_gzip(app: App, order: dict[str, str]) -> None:
+    """Each event arrives at once, compressed or not; Starlette leaves SSE uncompressed."""
+    server = app("gzip", order)
+    for path in STREAMS:
+        assert_live_and_whole(server, path)
+        url = f"{server.url}{path}?steps=3&interval=0.5"
+        with requests.get(url, stream=True, timeout=LIMIT) as answer:
+            compressed = answer.headers.get("Content-Encoding") == "gzip"
+            assert compressed == (path != "/sse")
+            pieces = list(iter(lambda: answer.raw.read1(1000, decode_content=True), b""))
+        assert event_ids(path, b"".join(pieces)) == [0, 1, 2]
+        assert [event_ids(path, piece) for piece in pieces if piece] == [[0], [1], [2]]
+    if order is OUTSIDE:  # from the outside nobody can end a compressed body
+        assert_ends_when_stopped(server, STREAMS, "Accept-Encoding: gzip\r\n")
+
+
+def test_router_and_sessions(app: App) -> None:
+    """Nothing of main.py's is there but the streams: a cookie that is set, and comes back."""
+    server = app("sessions")
+    with requests.Session() as visitor:
+        for visits, path in enumerate(STREAMS, start=1):
+            assert visitor.get(f"{server.url}{path}?interval=0", timeout=LIMIT).ok
+            assert visitor.cookies
+            assert visitor.get(f"{server.url}/visits", timeout=LIMIT).json() == 2 * visits
+    for path in STREAMS:
+        assert_live_and_whole(server, path)
+
+
+def test_router(app: App) -> None:
+    server = app("router")
+    for path in STREAMS:
+        assert_live_and_whole(server, path)
+    assert_leaving_closes_the_generator(server)
+
+
+def test_mounted(app: App) -> None:
+    server = app("mounted")
+    paths = tuple(f"/sub{path}" for path in STREAMS)
+    for path in paths:
+        assert_live_and_whole(server, path)
+    answer = requests.get(f"{server.url}/sub/sse?interval=0", timeout=LIMIT)
+    assert answer.headers["X-Mark"] == "seen"
+    assert_ends_when_stopped(server, paths)
+
+
+def test_mounted_below(app: App) -> None:
+    """An app below main.py's, and a mount, both with middlewares of their own."""
+    server = app("mounted_inside")
+    for path in ("/sub/text", "/sub/ndjson", "/sub/sse", "/mount/ndjson", "/sse"):
+        assert_live_and_whole(server, path)
+        answer = requests.get(f"{server.url}{path}?interval=0", timeout=LIMIT)
+        assert answer.headers.get("X-Mark") == (None if path == "/sse" else "seen")
+        assert answer.text.count("Step") == 10
+    assert_ends_when_stopped(server, ("/sub/sse", "/mount/ndjson", "/sse"))
+
+
+@in_both_orders
+def test_a_dependency_is_closed_after_the_stream(app: App, order: dict[str, str]) -> None:
+    """And after its background task, with FreeStack ("inside") as without."""
+    server = app("dependency", order)
+    answer = requests.get(f"{server.url}/3", timeout=LIMIT)
+    assert answer.text == "0\n1\n2\n100\n"
+    server.wait_for_log("background True\nsession closed")
+
+    # The reader leaves while the generator sleeps.
+    reader = RawReader(server.port, "/4")
+    assert read_until([reader], lambda: b"2" in reader.body)
+    reader.close()
+    server.wait_for_log("background True\nsession closed", count=2)
+
+    # The generator raises: what came looks cut, and the session is closed all the same.
+    reader = RawReader(server.port, "/raises/3")
+    assert read_until([reader], lambda: reader.ended_at)
+    assert (bytes(reader.body), reader.ended_properly) == (b"0\n1\n", False)
+    server.wait_for_log("ZeroDivisionError")
