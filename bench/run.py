@@ -47,6 +47,7 @@ class Candidate:
     name: str
     command: tuple[str, ...]
     path: str = "/sse"
+    drawn: bool = True  # in the plot, if its path is /sse
 
 
 def uvicorn(app: str, directory: Path = HERE / "servers") -> tuple[str, ...]:
@@ -64,7 +65,9 @@ CANDIDATES = (
     Candidate("main.py /sse", OURS),
     Candidate("main.py /ndjson", OURS, "/ndjson"),
     Candidate("main.py /text", OURS, "/text"),
+    Candidate("main.py /sse without EndStreams", uvicorn("end_streams:without"), drawn=False),
     Candidate("FastAPI StreamingResponse", uvicorn("fastapi_streaming:app")),
+    Candidate("the same with EndStreams", uvicorn("end_streams:streaming"), drawn=False),
     Candidate("FastAPI EventSourceResponse", uvicorn("fastapi_eventsource:app")),
     Candidate("sse-starlette", uvicorn("starlette_sse:app")),
     Candidate("aiohttp-sse on uvloop", script("aiohttp_eventsource.py")),
@@ -267,7 +270,7 @@ def measure(plan: Plan) -> dict[str, Any]:
                     results["readers"][name][source].append(seen)
                 seen = read_one(server, path.format(form="ndjson"), plan.reader)
                 results["readers"][SOCKET][source].append(seen)
-    for candidate in [c for c in candidates if c.path == "/sse"][: plan.drawn]:
+    for candidate in [c for c in candidates if c.path == "/sse" and c.drawn][: plan.drawn]:
         tell(f"up to {plan.growth[-1]} streams: {candidate.name}")
         with running(candidate) as server:
             windows = uvloop.run(grow(server, candidate.path, 1.0, plan.growth, plan))
