@@ -22,7 +22,6 @@ import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar
@@ -39,6 +38,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
+Loop = asyncio.AbstractEventLoop
 
 
 # 1. The events ------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ async def generate_events(first: int, steps: int, interval: float) -> AsyncGener
 # Whoever is due in the same 2 ms is woken by one timer: with thousands of streams a timer for each
 # event would cost a third of all CPU.
 RESOLUTION = 0.002
-_sleepers: dict[tuple[asyncio.AbstractEventLoop, int], list[asyncio.Future[None]]] = {}
+_sleepers: dict[tuple[Loop, int], list[asyncio.Future[None]]] = {}
 _count = itertools.count(1)
 
 
@@ -103,7 +103,7 @@ async def sleep_until(due: float) -> None:
     await sleeper
 
 
-def _wake(loop: asyncio.AbstractEventLoop, tick: int) -> None:
+def _wake(loop: Loop, tick: int) -> None:
     for sleeper in _sleepers.pop((loop, tick)):
         if not sleeper.done():  # its reader has left
             sleeper.set_result(None)
@@ -146,12 +146,6 @@ HEADERS = {
 }
 
 
-@cache
-def encoded_headers(media_type: str) -> list[tuple[bytes, bytes]]:
-    """The headers as ASGI wants them, encoded once and not for each stream."""
-    return Headers({"Content-Type": media_type, **HEADERS}).raw
-
-
 class Stream(Response):
     """A response that sends each event of an async generator at the moment it is yielded.
 
@@ -165,9 +159,9 @@ class Stream(Response):
     ) -> None:
         self.events = events
         self.to_bytes = to_bytes
-        self.status_code = 200
+        self.media_type = media_type
         self.background = None
-        self.raw_headers = [*encoded_headers(media_type)]
+        self.init_headers(HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, until their end or until the reader is gone."""
@@ -184,8 +178,8 @@ class Stream(Response):
         cancelled_before = sender.cancelling()
         watcher = asyncio.create_task(cancel_when_the_reader_leaves(sender, receive))
         try:
-            headers = self.raw_headers
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(head)
             async with aclosing(self.events):
                 async for event in self.events:
                     body = self.to_bytes(event)
@@ -260,10 +254,8 @@ class EndStreams:
     """
 
     # By event loop: what it has open. And the loops whose server is stopping.
-    _open: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, set["_Exchange"]]] = (
-        WeakKeyDictionary()
-    )
-    _stopping: ClassVar[WeakSet[asyncio.AbstractEventLoop]] = WeakSet()
+    _open: ClassVar[WeakKeyDictionary[Loop, set["_Exchange"]]] = WeakKeyDictionary()
+    _stopping: ClassVar[WeakSet[Loop]] = WeakSet()
 
     def __init__(self, app: ASGIApp, media_types: tuple[str, ...] = ("text/event-stream",)) -> None:
         self.app = app
@@ -298,7 +290,7 @@ class EndStreams:
                 loop.call_soon_threadsafe(cls._end_streams, loop)
 
     @classmethod
-    def _end_streams(cls, loop: asyncio.AbstractEventLoop) -> None:
+    def _end_streams(cls, loop: Loop) -> None:
         cls._stopping.add(loop)
         for exchange in cls._open[loop]:
             exchange.end()
@@ -324,9 +316,7 @@ class _Exchange:
 
     __slots__ = ("_receive", "_send", "complete", "ended", "listening", "loop", "middleware")
 
-    def __init__(
-        self, middleware: EndStreams, loop: asyncio.AbstractEventLoop, receive: Receive, send: Send
-    ) -> None:
+    def __init__(self, middleware: EndStreams, loop: Loop, receive: Receive, send: Send) -> None:
         self.middleware, self.loop, self._receive, self._send = middleware, loop, receive, send
         self.listening: tuple[asyncio.Task[Any], ...] = ()  # tasks that wait in `receive`
         self.ended = self.complete = False
@@ -354,16 +344,16 @@ class _Exchange:
             self.listening = tuple(other for other in self.listening if other is not task)
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.body":
+            self.complete = not message.get("more_body")
+        elif message["type"] == "http.response.start":
             headers = Headers(raw=message["headers"])
-            media_type = headers.get("content-type", "").partition(";")[0]
-            counted = "content-length" in headers or "content-encoding" in headers
-            if media_type in self.middleware.media_types and not counted:
+            media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            fixed = "content-length" in headers or "content-encoding" in headers
+            if media_type in self.middleware.media_types and not fixed:
                 self.middleware._open[self.loop].add(self)
                 if self.loop in self.middleware._stopping:
                     self.end()
-        elif not message.get("more_body"):
-            self.complete = True
         await self._send(message)
 
 
