@@ -159,9 +159,8 @@ class Stream(Response):
     ) -> None:
         self.events = events
         self.to_bytes = to_bytes
-        self.media_type = media_type
         self.background = None
-        self.init_headers(HEADERS)
+        self.init_headers({"Content-Type": media_type, **HEADERS})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, until their end or until the reader is gone."""

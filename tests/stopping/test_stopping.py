@@ -224,7 +224,7 @@ def test_new_requests_while_stopping(start: Start) -> None:
                 )
                 answer = receive_until(connection, b"0\r\n\r\n")
             outcomes.append("answered" if answer else "closed")
-            assert not answer or answer.endswith(b"Step 1 of 10: \xe2\x98\x95\n\r\n0\r\n\r\n")
+            assert not answer or answer.endswith(b"\r\n0\r\n\r\n")  # perhaps without an event
         except ConnectionRefusedError:
             outcomes.append("refused")
             time.sleep(0.02)
