@@ -11,18 +11,16 @@ Each event comes once, in order and whole. Where the stream breaks off, it is re
 event that came. To leave the loop early, put the iterator into `contextlib.aclosing`.
 """
 
-import argparse
+from __future__ import annotations
+
 import asyncio
-import io
 import json
 import logging
-import os
 import random
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
 from typing import TypedDict, cast
 
 import aiohttp
@@ -32,29 +30,9 @@ CONNECT_TIMEOUT = 5.0  # seconds
 STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
 GIVE_UP_AFTER = 30.0  # seconds without a new event
 FIRST_DELAY = 0.2  # seconds before the stream is resumed; each further attempt waits longer
-MAX_LINE = 64 * 1024 * 1024  # bytes; aiohttp refuses a line of more than 512 KB unless told
+MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, a line that never ends would take all memory
 
 logger = logging.getLogger(__name__)
-
-
-class Event(TypedDict):
-    """One event, as the server sent it."""
-
-    event_id: int
-    data: str
-    is_last_event: bool
-
-
-class StreamError(Exception):
-    """The stream could not be read to its end: one sentence, why and what to do."""
-
-
-class ConnectionLost(Exception):
-    """This connection is of no more use, another one may be."""
-
-
-class CannotConnect(ConnectionLost):
-    """Nobody listens: at the start that is told at once, later the server may come back."""
 
 
 async def read_events(url: str) -> AsyncGenerator[Event]:
@@ -69,17 +47,15 @@ async def read_events(url: str) -> AsyncGenerator[Event]:
             an event missing); 30 seconds have passed without a new event.
     """
     last_event_id: int | None = None
-    deadline = time.monotonic() + GIVE_UP_AFTER
-    delay = FIRST_DELAY
-    ever_connected = False
+    patience = Patience(url)
     while True:
         try:
             async with open_stream(url, last_event_id) as response:
                 if response.status == 204:  # nothing is left after last_event_id
                     return
                 # The last attempt, made at the deadline, has the time to bring an event as well.
-                read_until = max(deadline, time.monotonic() + CONNECT_TIMEOUT)
-                while line := await read_line(response, read_until):
+                at_least_until = time.monotonic() + CONNECT_TIMEOUT
+                while line := await read_line(response, max(patience.deadline, at_least_until)):
                     event = parse_event(line, url)
                     if event is None or not is_new(event, last_event_id, url):
                         continue
@@ -87,28 +63,10 @@ async def read_events(url: str) -> AsyncGenerator[Event]:
                     if event["is_last_event"]:
                         return
                     last_event_id = event["event_id"]
-                    deadline = read_until = time.monotonic() + GIVE_UP_AFTER
-                    delay = FIRST_DELAY
+                    patience.begin_anew()
                 raise ConnectionLost("the server ended it early")
         except ConnectionLost as lost:
-            if isinstance(lost, CannotConnect) and not ever_connected:
-                raise StreamError(
-                    f"Cannot connect to {url}: {lost}. "
-                    "Start the server with `uvicorn main:app`, or check the address."
-                ) from lost
-            ever_connected = True
-            where = "at the start" if last_event_id is None else f"after event {last_event_id}"
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise StreamError(
-                    f"Gave up {where}: {url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
-                    f"at last because {lost}. Check the server, then try again."
-                ) from lost
-            if delay == FIRST_DELAY:
-                logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
-            # Not to the millisecond, or all the readers of a server come back in one moment.
-            await asyncio.sleep(min(delay * random.uniform(0.9, 1.1), remaining))
-            delay *= 1.5
+            await asyncio.sleep(patience.wait_after(lost, last_event_id))
 
 
 @asynccontextmanager
@@ -162,6 +120,7 @@ async def read_line(response: aiohttp.ClientResponse, deadline: float) -> bytes:
     """Return the next line as soon as it is there whole, or `b""` at the end of the body."""
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
+            # Without `max_line_length` aiohttp refuses a line of more than 512 KB.
             return await response.content.readline(max_line_length=MAX_LINE)
     except aiohttp.SocketTimeoutError as error:
         raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
@@ -176,6 +135,69 @@ async def read_line(response: aiohttp.ClientResponse, deadline: float) -> bytes:
         raise ConnectionLost("the connection was cut") from error
 
 
+# What follows, down to `is_new`, is the same in client_sync.py, to the letter ---------------------
+
+
+class Event(TypedDict):
+    """One event, as the server sent it."""
+
+    event_id: int
+    data: str
+    is_last_event: bool
+
+
+class StreamError(Exception):
+    """The stream could not be read to its end: one sentence, why and what to do."""
+
+
+class ConnectionLost(Exception):
+    """This connection is of no more use, another one may be."""
+
+
+class CannotConnect(ConnectionLost):
+    """Nobody listens: at the start that is told at once, later the server may come back."""
+
+
+class Patience:
+    """When a reader comes back after a loss, and when it gives up."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.ever_connected = False
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """A new event came."""
+        self.deadline = time.monotonic() + GIVE_UP_AFTER
+        self.delay = FIRST_DELAY
+
+    def wait_after(self, lost: ConnectionLost, last_event_id: int | None) -> float:
+        """Return the seconds until the next attempt, each time half as long again.
+
+        Raises:
+            StreamError: the reader gives up, or nobody listened at the start.
+        """
+        if isinstance(lost, CannotConnect) and not self.ever_connected:
+            raise StreamError(
+                f"Cannot connect to {self.url}: {lost}. "
+                "Start the server with `uvicorn main:app`, or check the address."
+            ) from lost
+        self.ever_connected = True
+        where = "at the start" if last_event_id is None else f"after event {last_event_id}"
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise StreamError(
+                f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
+                f"at last because {lost}. Check the server, then try again."
+            ) from lost
+        if self.delay == FIRST_DELAY:
+            logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
+        # Not to the millisecond, or all the readers of a server come back in one moment.
+        wait = min(self.delay * random.uniform(0.9, 1.1), remaining)
+        self.delay *= 1.5
+        return wait
+
+
 def parse_event(line: bytes, url: str) -> Event | None:
     """Return the event in this line, or None for an empty line and for one that was cut off.
 
@@ -184,6 +206,8 @@ def parse_event(line: bytes, url: str) -> Event | None:
     """
     if not line.strip():
         return None
+    if len(line) >= MAX_LINE:
+        raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
@@ -214,62 +238,24 @@ def is_new(event: Event, last_event_id: int | None, url: str) -> bool:
     return event["event_id"] == expected
 
 
-class Arrivals:
-    """Prints each arrival with the time of day, and sums up at the end."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.count = 0
-        self.first_after = 0.0
-
-    def show(self, text: str) -> None:
-        if not self.count:
-            self.first_after = time.monotonic() - self.start
-        self.count += 1
-        print(f"{datetime.now().time().isoformat('milliseconds')}  {text}", flush=True)
-
-    def sum_up(self, what: str) -> None:
-        took = time.monotonic() - self.start
-        summary = f"{self.count} {what} in {took:.2f} s"
-        if self.count:
-            summary += f", the first after {self.first_after:.2f} s"
-        if self.count and took > 1 and self.first_after > 0.9 * took:
-            summary += ": all at once at the end, so something on the way held the stream back"
-        print(f"{summary}.", file=sys.stderr)
-
-
-async def show_events(url: str, arrivals: Arrivals) -> None:
-    async for event in read_events(url):
-        arrivals.show(json.dumps(event, ensure_ascii=False))
+# In a terminal ------------------------------------------------------------------------------------
 
 
 def main() -> int:
     """Print the events of the stream as they arrive; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Read a stream of NDJSON events and print each one when it arrives.",
-        epilog="Exit status: 0 read to the end, 1 not (one line says why), 130 Ctrl-C.",
-    )
-    parser.add_argument(
-        "url", nargs="?", default="http://localhost:8000/ndjson", help="default: %(default)s"
-    )
-    url = parser.parse_args().url
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
-    arrivals = Arrivals()
     try:
-        asyncio.run(show_events(url, arrivals))
-    except StreamError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:  # such as `python client_async.py | head -3`, or a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"Nobody takes the output any more ({error.strerror}).", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        arrivals.sum_up("events")
-        return 130
-    arrivals.sum_up("events")
-    return 0
+        from client import Terminal  # only here: `read_events` needs no other file
+    except ImportError as error:
+        sys.exit(f"Printing needs client.py in this folder too ({error}); read_events does not.")
+
+    async def show_events(terminal: Terminal) -> None:
+        async for event in read_events(terminal.url):
+            terminal.show(json.dumps(event, ensure_ascii=False))
+
+    about = "Read a stream of NDJSON events and print each one when it arrives."
+    with Terminal(about, "http://localhost:8000/ndjson", "events", StreamError) as terminal:
+        asyncio.run(show_events(terminal))
+    return terminal.status
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ Each event comes once, in order and whole. Where the stream breaks off, it is re
 event that came.
 """
 
-import argparse
+from __future__ import annotations
+
 import io
 import json
 import logging
-import os
 import random
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from typing import TypedDict, cast
 
 import requests
@@ -35,26 +34,6 @@ MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, a line that never ends wo
 logger = logging.getLogger(__name__)
 
 
-class Event(TypedDict):
-    """One event, as the server sent it."""
-
-    event_id: int
-    data: str
-    is_last_event: bool
-
-
-class StreamError(Exception):
-    """The stream could not be read to its end: one sentence, why and what to do."""
-
-
-class ConnectionLost(Exception):
-    """This connection is of no more use, another one may be."""
-
-
-class CannotConnect(ConnectionLost):
-    """Nobody listens: at the start that is told at once, later the server may come back."""
-
-
 def read_events(url: str) -> Iterator[Event]:
     """Yield the events of the NDJSON stream at `url` as they arrive, each once and in order.
 
@@ -67,22 +46,14 @@ def read_events(url: str) -> Iterator[Event]:
             an event missing); 30 seconds have passed without a new event.
     """
     last_event_id: int | None = None
-    deadline = time.monotonic() + GIVE_UP_AFTER
-    delay = FIRST_DELAY
-    ever_connected = False
+    patience = Patience(url)
     while True:
         try:
             with open_stream(url, last_event_id) as response:
                 if response.status_code == 204:  # nothing is left after last_event_id
                     return
-                # The last attempt, made at the deadline, has the time to bring an event as well.
-                body = LiveBody(response, max(deadline, time.monotonic() + CONNECT_TIMEOUT))
-                lines = io.BufferedReader(body, buffer_size=64 * 1024)
+                lines = io.BufferedReader(LiveBody(response, patience), buffer_size=64 * 1024)
                 while line := lines.readline(MAX_LINE):
-                    if len(line) == MAX_LINE:
-                        raise StreamError(
-                            f"{url} sent a line of over {MAX_LINE} bytes. Check the address."
-                        )
                     event = parse_event(line, url)
                     if event is None or not is_new(event, last_event_id, url):
                         continue
@@ -90,28 +61,10 @@ def read_events(url: str) -> Iterator[Event]:
                     if event["is_last_event"]:
                         return
                     last_event_id = event["event_id"]
-                    deadline = body.deadline = time.monotonic() + GIVE_UP_AFTER
-                    delay = FIRST_DELAY
+                    patience.begin_anew()
                 raise ConnectionLost("the server ended it early")
         except ConnectionLost as lost:
-            if isinstance(lost, CannotConnect) and not ever_connected:
-                raise StreamError(
-                    f"Cannot connect to {url}: {lost}. "
-                    "Start the server with `uvicorn main:app`, or check the address."
-                ) from lost
-            ever_connected = True
-            where = "at the start" if last_event_id is None else f"after event {last_event_id}"
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise StreamError(
-                    f"Gave up {where}: {url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
-                    f"at last because {lost}. Check the server, then try again."
-                ) from lost
-            if delay == FIRST_DELAY:
-                logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
-            # Not to the millisecond, or all the readers of a server come back in one moment.
-            time.sleep(min(delay * random.uniform(0.9, 1.1), remaining))
-            delay *= 1.5
+            time.sleep(patience.wait_after(lost, last_event_id))
 
 
 def open_stream(url: str, last_event_id: int | None) -> requests.Response:
@@ -163,15 +116,18 @@ class LiveBody(io.RawIOBase):
     into lines, in C.
     """
 
-    def __init__(self, response: requests.Response, deadline: float) -> None:
+    def __init__(self, response: requests.Response, patience: Patience) -> None:
         self.raw = response.raw
-        self.deadline = deadline
+        self.patience = patience
+        # The last attempt, made at the deadline, has the time to bring an event as well.
+        self.at_least_until = time.monotonic() + CONNECT_TIMEOUT
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        if time.monotonic() > self.deadline:  # bytes trickle in, but never a whole event
+        # Bytes trickle in, but never a whole event.
+        if time.monotonic() > max(self.patience.deadline, self.at_least_until):
             raise ConnectionLost("no whole event came in time")
         try:
             data = self.raw.read1(len(buffer), decode_content=True)
@@ -183,6 +139,69 @@ class LiveBody(io.RawIOBase):
         return len(data)
 
 
+# What follows, down to `is_new`, is the same in client_async.py, to the letter --------------------
+
+
+class Event(TypedDict):
+    """One event, as the server sent it."""
+
+    event_id: int
+    data: str
+    is_last_event: bool
+
+
+class StreamError(Exception):
+    """The stream could not be read to its end: one sentence, why and what to do."""
+
+
+class ConnectionLost(Exception):
+    """This connection is of no more use, another one may be."""
+
+
+class CannotConnect(ConnectionLost):
+    """Nobody listens: at the start that is told at once, later the server may come back."""
+
+
+class Patience:
+    """When a reader comes back after a loss, and when it gives up."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.ever_connected = False
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """A new event came."""
+        self.deadline = time.monotonic() + GIVE_UP_AFTER
+        self.delay = FIRST_DELAY
+
+    def wait_after(self, lost: ConnectionLost, last_event_id: int | None) -> float:
+        """Return the seconds until the next attempt, each time half as long again.
+
+        Raises:
+            StreamError: the reader gives up, or nobody listened at the start.
+        """
+        if isinstance(lost, CannotConnect) and not self.ever_connected:
+            raise StreamError(
+                f"Cannot connect to {self.url}: {lost}. "
+                "Start the server with `uvicorn main:app`, or check the address."
+            ) from lost
+        self.ever_connected = True
+        where = "at the start" if last_event_id is None else f"after event {last_event_id}"
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise StreamError(
+                f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
+                f"at last because {lost}. Check the server, then try again."
+            ) from lost
+        if self.delay == FIRST_DELAY:
+            logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
+        # Not to the millisecond, or all the readers of a server come back in one moment.
+        wait = min(self.delay * random.uniform(0.9, 1.1), remaining)
+        self.delay *= 1.5
+        return wait
+
+
 def parse_event(line: bytes, url: str) -> Event | None:
     """Return the event in this line, or None for an empty line and for one that was cut off.
 
@@ -191,6 +210,8 @@ def parse_event(line: bytes, url: str) -> Event | None:
     """
     if not line.strip():
         return None
+    if len(line) >= MAX_LINE:
+        raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
@@ -221,58 +242,20 @@ def is_new(event: Event, last_event_id: int | None, url: str) -> bool:
     return event["event_id"] == expected
 
 
-class Arrivals:
-    """Prints each arrival with the time of day, and sums up at the end."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.count = 0
-        self.first_after = 0.0
-
-    def show(self, text: str) -> None:
-        if not self.count:
-            self.first_after = time.monotonic() - self.start
-        self.count += 1
-        print(f"{datetime.now().time().isoformat('milliseconds')}  {text}", flush=True)
-
-    def sum_up(self, what: str) -> None:
-        took = time.monotonic() - self.start
-        summary = f"{self.count} {what} in {took:.2f} s"
-        if self.count:
-            summary += f", the first after {self.first_after:.2f} s"
-        if self.count and took > 1 and self.first_after > 0.9 * took:
-            summary += ": all at once at the end, so something on the way held the stream back"
-        print(f"{summary}.", file=sys.stderr)
+# In a terminal ------------------------------------------------------------------------------------
 
 
 def main() -> int:
     """Print the events of the stream as they arrive; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Read a stream of NDJSON events and print each one when it arrives.",
-        epilog="Exit status: 0 read to the end, 1 not (one line says why), 130 Ctrl-C.",
-    )
-    parser.add_argument(
-        "url", nargs="?", default="http://localhost:8000/ndjson", help="default: %(default)s"
-    )
-    url = parser.parse_args().url
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
-    arrivals = Arrivals()
     try:
-        for event in read_events(url):
-            arrivals.show(json.dumps(event, ensure_ascii=False))
-    except StreamError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:  # such as `python client_sync.py | head -3`, or a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"Nobody takes the output any more ({error.strerror}).", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        arrivals.sum_up("events")
-        return 130
-    arrivals.sum_up("events")
-    return 0
+        from client import Terminal  # only here: `read_events` needs no other file
+    except ImportError as error:
+        sys.exit(f"Printing needs client.py in this folder too ({error}); read_events does not.")
+    about = "Read a stream of NDJSON events and print each one when it arrives."
+    with Terminal(about, "http://localhost:8000/ndjson", "events", StreamError) as terminal:
+        for event in read_events(terminal.url):
+            terminal.show(json.dumps(event, ensure_ascii=False))
+    return terminal.status
 
 
 if __name__ == "__main__":

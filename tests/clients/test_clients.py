@@ -184,7 +184,8 @@ def test_thirty_seconds_without_an_event_end_it(run: Run) -> None:
 def test_copied_away_prints_each_arrival_and_sums_up(
     client: str, shared_server: Process, tmp_path: Path
 ) -> None:
-    shutil.copy(ROOT / f"{client}.py", tmp_path)
+    for file in {f"{client}.py", "client.py"}:
+        shutil.copy(ROOT / file, tmp_path)
     url = f"{shared_server.url}{path_of(client)}?interval=0.01"
     copy = subprocess.run(
         [sys.executable, f"{client}.py", url],
@@ -789,6 +790,68 @@ def test_importing_does_nothing(client: str) -> None:
         timeout=LIMIT,
     )
     assert (process.returncode, process.stdout, process.stderr) == (0, "[]\n", "")
+
+
+READ_ALL = {
+    "client_sync": "print([event['event_id'] for event in read_events({url!r})])",
+    "client_async": """
+import asyncio
+async def main():
+    print([event['event_id'] async for event in read_events({url!r})])
+asyncio.run(main())""",
+}
+
+
+@both_line_readers
+def test_copied_away_alone_read_events_works_and_the_script_says_what_it_lacks(
+    client: str, shared_server: Process, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / f"{client}.py", tmp_path)
+    url = f"{shared_server.url}/ndjson?interval=0"
+    program = f"from {client} import read_events\n" + READ_ALL[client].format(url=url)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        process = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+        return process.returncode, process.stdout, process.stderr
+
+    assert run("-c", program) == (0, f"{ALL}\n", "")
+    assert run(f"{client}.py", url) == (
+        1,
+        "",
+        "Printing needs client.py in this folder too (No module named 'client'); "
+        "read_events does not.\n",
+    )
+
+
+def test_what_both_line_readers_define_is_the_same_to_the_letter() -> None:
+    """All but the four functions that read with requests and with aiohttp."""
+
+    def definitions(client: str) -> dict[str, str]:
+        text = (ROOT / f"{client}.py").read_text()
+        lines = text.splitlines()
+        found = {}
+        for node in ast.parse(text).body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)]):
+                    pass
+                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                    name = node.name
+                case _:
+                    continue
+            # Whole lines, so that a comment behind the code counts too.
+            found[name] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        return found
+
+    one, other = map(definitions, LINE_READERS)
+    differ = {name for name in one.keys() & other.keys() if one[name] != other[name]}
+    assert differ == {"read_events", "open_stream", "start_of_body", "main"}
+    assert one.keys() ^ other.keys() == {"LiveBody", "read_line"}
 
 
 @both_line_readers
