@@ -295,9 +295,9 @@ class Everybody:
         assert {ids[-1] for ids in self.ids()} == {steps - 1}
 
     def check(self, fault: str, times: int) -> None:
-        """Every reader has had every event once and in order. Print a line of the README's table.
+        """Every reader has had every event once and in order. Print a row of tests/README.md.
 
-        The lines are seen with `pytest -n 0 -s`.
+        The rows are seen with `pytest -n 0 -s`.
         """
         everybody = self.ids()
         lost = sum(max(ids) + 1 - len({*ids}) for ids in everybody)
@@ -344,7 +344,7 @@ def test_servers_killed_one_after_the_other(deployment: Deployment, browser: Bro
         victim.start()
     everybody.go_on()
     everybody.leave()
-    everybody.check(f"{deployment.name}: a server killed with kill -9", 6)
+    everybody.check("one of three servers killed with `kill -9` in mid-stream", 6)
 
 
 def test_rolling_restart_under_200_readers(deployment: Deployment, browser: Browser) -> None:
@@ -360,7 +360,7 @@ def test_rolling_restart_under_200_readers(deployment: Deployment, browser: Brow
     everybody.leave()
     assert everybody.readers.cuts >= 200 - 20
     assert "Traceback" not in "".join(replica.log for replica in deployment.replicas)
-    everybody.check(f"{deployment.name}: a server restarted, under 200 readers", 3)
+    everybody.check("a server restarted (SIGTERM) under 200 readers", 3)
 
 
 def test_all_servers_down_at_once(deployment: Deployment, browser: Browser) -> None:
@@ -374,7 +374,7 @@ def test_all_servers_down_at_once(deployment: Deployment, browser: Browser) -> N
     for replica in deployment.replicas:
         replica.start()
     everybody.finish(20)
-    everybody.check(f"{deployment.name}: all three servers killed at once", 1)
+    everybody.check("all three servers killed at once, then started", 1)
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -387,7 +387,7 @@ def test_a_server_that_hangs(deploy: Deploy, browser: Browser, name: str) -> Non
     deployment.replicas[0].signal(signal.SIGSTOP)
     everybody.finish(20)
     assert everybody.readers.cuts
-    everybody.check(f"{name}: a server hangs (kill -STOP)", 1)
+    everybody.check("a server hangs (`kill -STOP`)", 1)
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -482,4 +482,4 @@ def test_workers_without_a_proxy(start: Start, browser: Browser) -> None:
     server.wait_for_log("Application startup complete", 9)
     everybody.go_on()
     everybody.leave()
-    everybody.check("--workers 3: a worker killed with kill -9, or restarted by SIGHUP", 6)
+    everybody.check("`--workers 3`: a worker killed, or restarted by SIGHUP", 6)

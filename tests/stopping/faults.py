@@ -149,6 +149,7 @@ FAULTS = [
     ),
     Fault("kill -9, started again", pull_the_plug),
 ]
+VANISH = "readers vanish: generators closed"
 
 
 @dataclass
@@ -285,7 +286,7 @@ def main() -> int:
         if arguments.vanishing:
             seconds = [f"{vanish(name, arguments.vanishing):.1f} s" for name in names]
             tried = f"{3 * arguments.vanishing} readers; {seconds[0]}"
-            print_row("readers vanish: generators closed", tried, "–", "–", *seconds[1:])
+            print_row(VANISH, tried, "–", "–", *seconds[1:])
     return int(failed)
 
 

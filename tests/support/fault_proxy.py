@@ -206,20 +206,21 @@ def main() -> None:
             server.kill()
 
 
-def print_table(port: int) -> None:
-    proxy = FaultProxy(port)
-    length = len(whole_answer(port))
+def plans(length: int) -> dict[str, list[list[Fault]]]:
+    """Return what is tried on an answer of so many bytes: the rows of the table."""
     every = range(length + 1)
     anything = random.Random(1)
     kinds: list[Any] = ["cut", "reset", "stall", "trickle", "502", "503"]
-    rows: dict[str, list[list[Fault]]] = {
-        "cut (FIN) after each byte": [[Fault("cut", n)] for n in every],
+    return {
+        "cut (FIN) after each byte of the answer, headers included": [
+            [Fault("cut", n)] for n in every
+        ],
         "cut (RST) after each byte": [[Fault("reset", n)] for n in every],
-        "silent after each 10th byte": [[Fault("stall", n)] for n in every[::10]],
+        "open but silent, after each tenth byte": [[Fault("stall", n)] for n in every[::10]],
         "a byte at a time": [[Fault("trickle")]] * 20,
-        "502 three times": [[Fault("cut", 700)] + [Fault("502")] * 3] * 100,
-        "503 three times": [[Fault("cut", 700)] + [Fault("503")] * 3] * 100,
-        "one to six of these": [
+        "cut, then 502 three times": [[Fault("cut", 700)] + [Fault("502")] * 3] * 100,
+        "cut, then 503 three times": [[Fault("cut", 700)] + [Fault("503")] * 3] * 100,
+        "one to six of these, one after the other": [
             [
                 Fault(anything.choice(kinds), anything.randrange(length))
                 for _ in range(anything.randint(1, 6))
@@ -227,11 +228,18 @@ def print_table(port: int) -> None:
             for _ in range(200)
         ],
     }
-    print("| fault | client | times tried | lost | doubled |\n| --- | --- | --- | --- | --- |")
-    for name, plans in rows.items():
-        for client in ("client_sync", "client_async"):
-            tally = try_all(client, proxy, plans, at_once=8)
-            print(f"| {name} | {client} | {tally.tried} | {tally.lost} | {tally.doubled} |")
+
+
+def print_table(port: int) -> None:
+    proxy = FaultProxy(port)
+    print("| fault | times tried, with each reader | lost | doubled |\n| --- | --- | --- | --- |")
+    for name, tries in plans(len(whole_answer(port))).items():
+        tallies = [
+            try_all(client, proxy, tries, at_once=8) for client in ("client_sync", "client_async")
+        ]
+        lost = sum(tally.lost for tally in tallies)
+        doubled = sum(tally.doubled for tally in tallies)
+        print(f"| {name} | {len(tries)} | {lost} | {doubled} |", flush=True)
 
 
 if __name__ == "__main__":
