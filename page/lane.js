@@ -2,6 +2,7 @@
 
 export const MAX_MARKS = 250; // drawn in a lane, however many events there were
 export const MAX_ROWS = 60; // shown in a lane: the latest
+const ON_TIME = 0.1; // seconds: what is late by less, nobody sees
 
 /** Why no further event can come: one sentence for the person who looks at the lane. */
 export class StreamError extends Error {}
@@ -17,15 +18,15 @@ export class Lane {
   count = 0;
   resumed = 0;
   lastEventId = null;
-  latest = null; // the latest event: { id, text, at, late }
+  latest = null; // the latest event: { id, text, at, connection }
   first = null;
   complete = false; // the last event is here
   lossSeen = false;
   ended = null; // when it was over, in seconds
   marks = new Thinned(MAX_MARKS);
-  connections = []; // [{ from, to }]
+  connections = []; // [{ from, to, origin }]
+  revised = 0; // how often an origin, and so all lateness, was revised
   rows = new Tail(MAX_ROWS); // what was on the wire
-  #schedule = null;
 
   constructor({ stream, steps, interval, seconds }) {
     this.stream = stream;
@@ -51,8 +52,7 @@ export class Lane {
     const again = this.connections.length > 0;
     if (again) this.resumed += 1;
     this.words = again ? `Open: resumed ${this.#where()}.` : "Open.";
-    this.connections.push({ from: this.seconds(), to: null });
-    this.#schedule = null;
+    this.connections.push({ from: this.seconds(), to: null, origin: Infinity });
   }
 
   /**
@@ -66,11 +66,15 @@ export class Lane {
     }
     if (id < expected) return false;
     const at = this.seconds();
-    // The schedule of a connection starts with the first event that it brought.
-    this.#schedule ??= { id, at };
-    const due = this.#schedule.at + (id - this.#schedule.id) * this.interval;
-    // With an interval of 0 the stream goes as fast as it is read, and nothing can be late.
-    this.latest = { id, text: data, at, late: this.interval ? at - due : null };
+    const connection = this.connections.at(-1);
+    // The server sends event k when k × interval have passed, never earlier. So the event that took
+    // the least time to come shows where the server's clock began; each request has its own.
+    const origin = at - id * this.interval;
+    if (origin < connection.origin) {
+      connection.origin = origin;
+      this.revised += 1;
+    }
+    this.latest = { id, text: data, at, connection };
     this.first ??= this.latest;
     this.lastEventId = id;
     this.count += 1;
@@ -79,12 +83,17 @@ export class Lane {
     return true;
   }
 
+  /** How long after it was due an event came. With an interval of 0 none is due: null. */
+  late({ id, at, connection }) {
+    return this.interval ? at - id * this.interval - connection.origin : null;
+  }
+
   /** The connection is gone; another one may bring the rest. */
   lost(why) {
     this.#close();
     if (this.complete) {
       // Only an EventSource is told of an end: it asks again until it gets a 204.
-      this.words = "All events are here. EventSource asks for more, until a 204 ends it.";
+      this.words = "All events are here. EventSource comes back, until a 204 ends it.";
       return;
     }
     if (this.state === "resuming") return;
@@ -95,10 +104,8 @@ export class Lane {
   }
 
   done(how) {
-    this.#over(
-      "done",
-      `${this.heldBack ? "All at once, at the end: held back on the way" : "Done"}. ${how}`,
-    );
+    const held = "All at once, at the end: held back on the way";
+    this.#over("done", `${this.heldBack ? held : "Done"}. ${how}`);
     this.show("note", { text: how });
   }
 
@@ -204,11 +211,14 @@ export function inSeconds(seconds) {
   return `${seconds.toFixed(3)} s`;
 }
 
-/** How late, in words: on time (to the millisecond), 12 ms late, 9,000 ms early. */
+/** Whether so many seconds are late enough to be told. */
+export const isLate = (seconds) => seconds >= ON_TIME;
+
+/** How late, in words: on time, 212 ms late. */
 export function lateness(seconds) {
   if (seconds === null) return "no schedule";
-  const ms = Math.round(Math.abs(seconds) * 1000);
-  return ms === 0 ? "on time" : `${ms.toLocaleString("en")} ms ${seconds > 0 ? "late" : "early"}`;
+  if (!isLate(seconds)) return "on time";
+  return `${Math.round(seconds * 1000).toLocaleString("en")} ms late`;
 }
 
 /** The spans of a lane's time: [{ kind: "open" | "gap", from, to }], the last up to `now`. */

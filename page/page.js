@@ -1,10 +1,32 @@
 // The page: its form, its three lanes, and one drawing of all that is new for each frame.
 
-import { axisEnd, inSeconds, Lane, lateness, spans, StreamError, ticks } from "./lane.js";
+import { axisEnd, inSeconds, isLate, Lane, lateness, spans, StreamError, ticks } from "./lane.js";
 import { readNdjson, readSse, readText, Refused } from "./readers.js";
 import { describe, NotAnEvent } from "./wire.js";
 
-const READERS = { text: readText, ndjson: readNdjson, sse: readSse };
+const STREAMS = [
+  {
+    stream: "text",
+    title: "Plain text",
+    mediaType: "text/plain",
+    read: readText,
+    hint: "Each piece as client.py would cut it: at most 16 bytes of a chunk that the network gave.",
+  },
+  {
+    stream: "ndjson",
+    title: "NDJSON",
+    mediaType: "application/x-ndjson",
+    read: readNdjson,
+    hint: "Each line is an event.",
+  },
+  {
+    stream: "sse",
+    title: "Server-sent events",
+    mediaType: "text/event-stream",
+    read: readSse,
+    hint: "The fields of each event, as EventSource tells them.",
+  },
+];
 const MAX_TEXT = 400; // characters of a row that are shown
 
 /** An element with these properties and children. What arrives only ever comes in as text. */
@@ -29,32 +51,43 @@ function enable(button, enabled) {
 class View {
   #marks = new Map(); // from an event's id to its element
   #spans = [];
+  #revised = 0; // the lane's lateness as the marks show it
   #row = 0; // the number of the next row to show
-  #axis = "";
 
-  constructor(element) {
-    this.element = element;
-    this.stream = element.dataset.stream;
-    this.title = element.querySelector("h2").textContent;
-    const part = (name) => element.querySelector(`.${name}`);
+  /** Make a lane's element, from the template. */
+  constructor(template, { stream, title, mediaType, read, hint }) {
+    this.element = template.content.cloneNode(true).firstElementChild;
+    this.stream = stream;
+    this.title = title;
+    this.read = read;
+    this.hint = hint;
+    const part = (name) => this.element.querySelector(`.${name}`);
     this.badge = part("badge");
     this.words = part("words");
     this.cut = part("cut");
     this.track = part("track");
     this.spans = part("spans");
     this.marks = part("marks");
-    this.axis = part("axis");
     this.detail = part("detail");
     this.figures = {
       arrived: part("arrived"),
       first: part("first"),
-      late: part("late"),
+      latest: part("latest"),
       resumed: part("resumed"),
     };
     this.wire = part("wire");
-    this.hint = part("hint");
-    this.explanation = this.hint.textContent;
+    this.hintLine = part("hint");
     this.rows = this.wire.querySelector("ol");
+
+    this.element.dataset.stream = stream;
+    this.element.ariaLabel = title;
+    this.element.querySelector("h2").textContent = title;
+    this.cut.ariaLabel = `Cut the connection of ${title}`;
+    this.marks.ariaLabel = `${title}: arrivals`;
+    part("media").querySelector("code").textContent = `GET /${stream}`;
+    part("media").querySelector("span").textContent = mediaType;
+    this.wire.ariaLabel = `${title}: on the wire`;
+    this.hintLine.textContent = hint;
     this.cut.addEventListener("click", () => {
       if (this.cut.ariaDisabled === "false") this.lane.cut();
     });
@@ -66,46 +99,25 @@ class View {
     this.lane = lane;
     this.#marks.clear();
     this.#spans = [];
+    this.#revised = 0;
     this.#row = 0;
     this.marks.replaceChildren();
     this.spans.replaceChildren();
     this.rows.replaceChildren();
-    this.#showDetail(null);
-    this.track.style.setProperty("--interval", lane.interval);
+    this.point(null);
   }
 
-  draw(now, end) {
+  draw(now) {
     const { lane } = this;
     this.element.dataset.state = lane.state;
     this.element.classList.toggle("held-back", lane.state === "done" && lane.heldBack);
     setText(this.badge, lane.state);
     setText(this.words, lane.words);
     enable(this.cut, lane.state === "open" && !lane.complete);
-    this.#drawAxis(end);
     this.#drawSpans(now);
     this.#drawMarks();
     this.#drawFigures();
     this.#drawRows();
-  }
-
-  #drawAxis(end) {
-    const max = Math.max(3, Math.floor(this.track.clientWidth / 80));
-    const key = `${end} ${max}`;
-    if (key === this.#axis) return;
-    this.#axis = key;
-    this.track.style.setProperty("--end", end);
-    // The moments at which events are due, as long as they can be told apart.
-    const distance = (this.lane.interval / end) * this.track.clientWidth;
-    this.track.classList.toggle("due", distance >= 6);
-    this.axis.replaceChildren(
-      ...ticks(end, max).map((seconds) => {
-        const at = seconds / end;
-        const label = at < 0.95 ? `${seconds.toLocaleString("en")} s` : ""; // no room for it
-        const tick = make("span", { textContent: label });
-        tick.style.setProperty("--at", at);
-        return tick;
-      }),
-    );
   }
 
   #drawSpans(now) {
@@ -119,15 +131,24 @@ class View {
   #drawMarks() {
     const { marks, latest } = this.lane;
     const items = latest && marks.items.at(-1) !== latest ? [...marks.items, latest] : marks.items;
+    const revised = this.#revised !== this.lane.revised;
+    this.#revised = this.lane.revised;
     const wanted = new Set();
     for (const mark of items) {
       wanted.add(mark.id);
-      if (this.#marks.has(mark.id)) continue;
-      const element = make("button", { type: "button", tabIndex: -1, ariaLabel: this.#say(mark) });
-      element.dataset.eventId = mark.id;
-      element.style.setProperty("--at", mark.at);
-      this.#marks.set(mark.id, element);
-      this.marks.append(element);
+      let element = this.#marks.get(mark.id);
+      if (element && !revised) continue;
+      if (!element) {
+        element = make("button", { type: "button", tabIndex: -1 });
+        element.dataset.eventId = mark.id;
+        element.style.setProperty("--at", mark.at);
+        this.#marks.set(mark.id, element);
+        this.marks.append(element);
+      }
+      const late = this.lane.late(mark);
+      element.ariaLabel = this.#say(mark);
+      element.classList.toggle("late", isLate(late));
+      element.style.setProperty("--late", late);
     }
     for (const [id, element] of this.#marks) {
       if (wanted.has(id)) continue;
@@ -144,7 +165,7 @@ class View {
     const drawn = this.#marks.size < count ? `, ${this.#marks.size} drawn` : "";
     setText(this.figures.arrived, `${count.toLocaleString("en")}${drawn}`);
     setText(this.figures.first, first ? inSeconds(first.at) : "–");
-    setText(this.figures.late, latest ? lateness(latest.late) : "–");
+    setText(this.figures.latest, latest ? lateness(this.lane.late(latest)) : "–");
     setText(this.figures.resumed, resumed ? `${resumed} ×` : "–");
   }
 
@@ -159,8 +180,8 @@ class View {
     while (this.rows.children.length > latest.length) this.rows.firstChild.remove();
     const hidden = count - latest.length;
     setText(
-      this.hint,
-      hidden ? `${hidden.toLocaleString("en")} earlier rows are not shown.` : this.explanation,
+      this.hintLine,
+      hidden ? `${hidden.toLocaleString("en")} earlier rows are not shown.` : this.hint,
     );
     if (atEnd) this.wire.scrollTop = this.wire.scrollHeight;
   }
@@ -192,32 +213,33 @@ class View {
   }
 
   #say(mark) {
-    return `${this.lane.name(mark)}: ${mark.text}, after ${inSeconds(mark.at)}, ${lateness(mark.late)}`;
+    const late = lateness(this.lane.late(mark));
+    return `${this.lane.name(mark)}: ${mark.text}, after ${inSeconds(mark.at)}, ${late}`;
   }
 
-  // Hovering over the track shows the nearest mark, focusing a mark shows that one.
+  // Hovering over a track shows the event that is nearest there, focusing a mark shows that one.
 
   #listen() {
     this.track.addEventListener("pointermove", ({ clientX }) => {
       const { left, width } = this.track.getBoundingClientRect();
-      const end = Number(this.track.style.getPropertyValue("--end"));
-      const at = ((clientX - left) / width) * end;
+      const at = ((clientX - left) / width) * axis.end;
       let nearest = null;
-      for (const element of this.#marks.values()) {
+      for (const [id, element] of this.#marks) {
         const distance = Math.abs(element.style.getPropertyValue("--at") - at);
-        if (!nearest || distance < nearest.distance) nearest = { element, distance };
+        if (!nearest || distance < nearest.distance) nearest = { id, distance };
       }
-      if (nearest) this.#showDetail(nearest.element);
+      if (nearest) pointAt(nearest.id);
     });
-    this.track.addEventListener("pointerleave", () =>
-      this.#showDetail(this.marks.querySelector(":focus")),
-    );
+    this.track.addEventListener("pointerleave", () => {
+      const id = this.marks.querySelector(":focus")?.dataset.eventId;
+      pointAt(id === undefined ? null : Number(id));
+    });
     this.marks.addEventListener("focusin", ({ target }) => {
       for (const other of this.marks.querySelectorAll('[tabindex="0"]')) other.tabIndex = -1;
       target.tabIndex = 0;
-      this.#showDetail(target);
+      pointAt(Number(target.dataset.eventId));
     });
-    this.marks.addEventListener("focusout", () => this.#showDetail(null));
+    this.marks.addEventListener("focusout", () => pointAt(null));
     this.marks.addEventListener("keydown", (event) => {
       const { target } = event;
       const { firstChild, lastChild } = this.marks;
@@ -233,16 +255,23 @@ class View {
     });
   }
 
-  #showDetail(mark) {
+  /** Say beside its mark what an event was and when it came, if this lane shows it. */
+  point(id) {
     this.marks.querySelector(".shown")?.classList.remove("shown");
-    this.detail.hidden = mark === null;
-    if (mark === null) return;
+    const mark = this.#marks.get(id);
+    this.detail.hidden = !mark;
+    if (!mark) return;
     mark.classList.add("shown");
     this.detail.textContent = mark.ariaLabel;
-    const middle = mark.offsetLeft + mark.offsetWidth / 2;
+    const beside = mark.offsetLeft + mark.offsetWidth + 6;
     const room = this.track.clientWidth - this.detail.offsetWidth;
-    this.detail.style.left = `${Math.max(0, Math.min(room, middle - this.detail.offsetWidth / 2))}px`;
+    this.detail.style.left = `${Math.max(0, Math.min(room, beside))}px`;
   }
+}
+
+/** The same event in all lanes, or none. */
+function pointAt(id) {
+  for (const view of views) view.point(id);
 }
 
 // The whole page -----------------------------------------------------------------------------------
@@ -250,7 +279,11 @@ class View {
 const form = document.querySelector("#choices");
 const fields = [form.elements.steps, form.elements.interval];
 const stopButton = document.querySelector("#stop");
-const views = [...document.querySelectorAll("[data-stream]")].map((element) => new View(element));
+const main = document.querySelector("main");
+const views = STREAMS.map((stream) => new View(main.querySelector("template"), stream));
+main.prepend(...views.map(({ element }) => element));
+main.hidden = false;
+const axis = { element: main.querySelector(".ticks"), end: 0, max: 0 };
 let running = new AbortController();
 
 function start() {
@@ -261,18 +294,26 @@ function start() {
   const query = String(new URLSearchParams(new FormData(form)));
   const from = performance.now();
   const seconds = () => (performance.now() - from) / 1000;
-  const [steps, interval] = fields.map(({ value }) => Number(value));
   for (const view of views) {
-    const lane = new Lane({ stream: view.stream, steps, interval, seconds });
+    const lane = new Lane({ stream: view.stream, seconds, ...chosen() });
     view.show(lane);
-    read(view.stream, query, lane, signal);
+    read(view, query, lane, signal);
   }
-  draw(signal, seconds, (steps - 1) * interval);
+  draw(signal, seconds);
 }
 
-async function read(stream, query, lane, signal) {
+/** The choices as numbers; NaN where one is none. */
+function chosen() {
+  const [steps, interval] = fields.map(({ value }) => Number(value));
+  return { steps, interval };
+}
+
+/** How long such a stream takes that is not cut, in seconds. */
+const duration = ({ steps, interval }) => (steps - 1) * interval;
+
+async function read(view, query, lane, signal) {
   try {
-    await READERS[stream](`${stream}?${query}`, lane, signal);
+    await view.read(`${view.stream}?${query}`, lane, signal);
   } catch (error) {
     if (signal.aborted) {
       lane.stopped();
@@ -286,21 +327,40 @@ async function read(stream, query, lane, signal) {
 }
 
 /** Draw a frame, and the next ones until all lanes are over or other lanes are shown. */
-function draw(signal, seconds, duration) {
+function draw(signal, seconds) {
   if (running.signal !== signal) return;
   const lanes = views.map(({ lane }) => lane);
   const over = lanes.every(({ ended }) => ended !== null);
   const now = seconds();
   // A lane that has all its events may still wait for a 204, which needs no room on the axis.
   const end = axisEnd(
-    duration,
+    duration(lanes[0]),
     Math.max(
       ...lanes.map(({ ended, complete, latest }) => (complete ? latest.at : (ended ?? now))),
     ),
   );
-  for (const view of views) view.draw(now, end);
+  drawAxis(end);
+  for (const view of views) view.draw(now);
   enable(stopButton, !over);
   if (!over) requestAnimationFrame(() => draw(signal, seconds, duration));
+}
+
+function drawAxis(end) {
+  const { clientWidth } = axis.element;
+  const max = Math.max(3, Math.floor(clientWidth / 80));
+  if (end === axis.end && max === axis.max) return;
+  Object.assign(axis, { end, max });
+  const seconds = ticks(end, max);
+  main.style.setProperty("--end", end);
+  main.style.setProperty("--step", seconds[1]);
+  axis.element.replaceChildren(
+    ...seconds.map((at) => {
+      const label = at < 0.95 * end ? `${at.toLocaleString("en")} s` : ""; // no room for it
+      const tick = make("span", { textContent: label });
+      tick.style.setProperty("--at", at);
+      return tick;
+    }),
+  );
 }
 
 /** What the server found wrong, beside the fields that it is about. */
@@ -340,6 +400,7 @@ for (const [name, value] of new URLSearchParams(location.search)) {
   const field = fields.find((field) => field.name === name);
   if (field) field.value = value;
 }
+drawAxis(axisEnd(duration(chosen()), 0));
 form.addEventListener("input", keepInAddress);
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -347,15 +408,14 @@ form.addEventListener("submit", (event) => {
   start();
 });
 stopButton.addEventListener("click", () => running.abort());
-for (const button of document.querySelectorAll(".copy")) {
-  button.hidden = !navigator.clipboard; // there only on localhost and https
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(button.closest("figure").querySelector("pre").textContent);
-    button.textContent = "Copied";
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  });
-}
-// On a narrow screen the code would push the lanes apart.
-if (!matchMedia("(min-width: 70rem)").matches) {
-  for (const details of document.querySelectorAll("details")) details.open = false;
+if (navigator.clipboard) { // there only on localhost and https
+  for (const figure of document.querySelectorAll("figure")) {
+    const button = make("button", { type: "button", className: "copy", textContent: "Copy" });
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(figure.querySelector("pre").textContent);
+      button.textContent = "Copied";
+      setTimeout(() => (button.textContent = "Copy"), 1500);
+    });
+    figure.querySelector("figcaption").append(button);
+  }
 }

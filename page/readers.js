@@ -8,6 +8,7 @@ const FIRST_DELAY = 0.2; // seconds before a stream is resumed; each further att
 const GIVE_UP_AFTER = 30; // seconds without a new event
 const STALL_TIMEOUT = 15; // seconds without a byte; the server is never silent for more than 10
 const MAX_PIECES = 16; // shown of one chunk
+const NO_IDS = "Plain text has no ids to resume by.";
 
 /** This connection is of no more use, another one may be. */
 class ConnectionLost extends Error {}
@@ -26,7 +27,7 @@ export class Refused extends StreamError {
 /** Plain text: nothing in it tells an end from a cut, or where to go on after one. */
 export async function readText(url, lane, stop) {
   const connection = new Connection(stop);
-  lane.cut = () => connection.abort("the connection was cut by you");
+  lane.cut = () => connection.abort("you cut the connection");
   let pieces = 0;
   const show = (chunk) => {
     const count = Math.ceil(chunk.length / 16);
@@ -51,14 +52,12 @@ export async function readText(url, lane, stop) {
   } catch (error) {
     if (!(error instanceof ConnectionLost) || stop.aborted) throw error;
     if (error instanceof CannotConnect) throw new StreamError(`${error.message}.`);
-    throw new StreamError(`${error.message}, and plain text cannot be resumed: it has no ids.`);
+    throw new StreamError(`${error.message}. ${NO_IDS}`);
   } finally {
     connection.close();
   }
   if (lane.count < lane.steps) {
-    throw new StreamError(
-      "the stream ended early, and plain text cannot be resumed: it has no ids.",
-    );
+    throw new StreamError(`the stream ended early. ${NO_IDS}`);
   }
   lane.done("The body ended.");
 }
@@ -106,7 +105,7 @@ export async function readSse(url, lane, stop) {
   });
   source.close();
   if (end instanceof Error) throw end;
-  if (end === "204") lane.done("EventSource asked for more, and the server's 204 ended it.");
+  if (end === "204") lane.done("EventSource came back, and the 204 ended it.");
   else await goOnWithFetch(url, lane, stop);
 }
 
@@ -116,7 +115,7 @@ export async function readSse(url, lane, stop) {
  * with fetch: the same request, again until the 204.
  */
 async function goOnWithFetch(url, lane, stop) {
-  lane.lost("you cut the connection. EventSource cannot be cut, so fetch reads the rest");
+  lane.lost("you cut EventSource off, so fetch reads the rest");
   const untilNoContent = true;
   await readResuming(url, lane, stop, sseEvents, { untilNoContent });
 
@@ -143,7 +142,7 @@ async function readResuming(url, lane, stop, toEvents, { untilNoContent = false 
     lane.cut = () => connection.abort("you cut the connection");
     try {
       const body = await connection.open(url, lane);
-      if (body === null) return lane.done("The server's 204 says that nothing is left.");
+      if (body === null) return lane.done("The 204 says that nothing is left.");
       everConnected = true;
       for await (const { event, text } of toEvents(body)) {
         if (!lane.take(event)) continue;
@@ -161,9 +160,7 @@ async function readResuming(url, lane, stop, toEvents, { untilNoContent = false 
       everConnected = true;
       const remaining = deadline - lane.seconds();
       if (remaining <= 0) {
-        throw new StreamError(
-          `gave up: no new event for ${GIVE_UP_AFTER} seconds, at last because ${error.message}.`,
-        );
+        throw new StreamError(`no event for ${GIVE_UP_AFTER} seconds (${error.message}).`);
       }
       lane.lost(error.message);
       // Not to the millisecond, or all the readers of a server come back in one moment.

@@ -1,4 +1,4 @@
-// The page's logic without a page. Run it with `node --test tests/page_logic.test.mjs`.
+// The page's logic without a page. Run it with `node --test tests/page/page_logic.test.mjs`.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
@@ -13,7 +13,7 @@ import {
   Tail,
   Thinned,
   ticks,
-} from "../page/lane.js";
+} from "../../page/lane.js";
 import {
   cut,
   decodeLine,
@@ -22,7 +22,7 @@ import {
   messages,
   NotAnEvent,
   parseEvent,
-} from "../page/wire.js";
+} from "../../page/wire.js";
 
 const bytes = (text) => new TextEncoder().encode(text);
 const text = (parts) => parts.map((part) => part.text).join("");
@@ -144,10 +144,10 @@ function laneAt(options = {}) {
   return { clock, lane, take };
 }
 
-test("lateness counts from the first arrival of a connection", () => {
+test("lateness counts from the server's schedule, which starts anew when the stream is resumed", () => {
   const { clock, lane, take } = laneAt();
   lane.opened();
-  const late = (id, at) => (take(id, at), Math.round(lane.latest.late * 1000));
+  const late = (id, at) => (take(id, at), Math.round(lane.late(lane.latest) * 1000));
   assert.deepEqual([late(0, 0.5), late(1, 1.5), late(2, 2.75)], [0, 0, 250]);
   clock.now = 3;
   lane.lost("the connection was cut");
@@ -164,12 +164,34 @@ test("lateness counts from the first arrival of a connection", () => {
   ]);
 });
 
-test("lateness is told in words", () => {
-  assert.deepEqual([0, 0.0004, 0.012, -9, null].map(lateness), [
+test("nothing is early: an event that came sooner shows that those before it were late", () => {
+  const { lane, take } = laneAt();
+  const late = () => lane.marks.items.map((mark) => Math.round(lane.late(mark) * 1000));
+  lane.opened();
+  take(0, 0.5);
+  assert.deepEqual(late(), [0]);
+  const { revised } = lane;
+  take(1, 1.25);
+  assert.deepEqual(late(), [250, 0]);
+  assert.ok(lane.revised > revised, "what was said of event 0 has to be said anew");
+  take(2, 2.5);
+  assert.deepEqual(late(), [250, 0, 250]);
+});
+
+test("without an interval nothing is due", () => {
+  const { lane, take } = laneAt({ interval: 0 });
+  lane.opened();
+  take(0, 0.5);
+  assert.equal(lane.late(lane.latest), null);
+});
+
+test("lateness is told in words, and only where a person could see it", () => {
+  assert.deepEqual([0, 0.045, 0.0999, 0.1, 9, null].map(lateness), [
     "on time",
     "on time",
-    "12 ms late",
-    "9,000 ms early",
+    "on time",
+    "100 ms late",
+    "9,000 ms late",
     "no schedule",
   ]);
 });

@@ -40,6 +40,12 @@ class Browser(Protocol):
     def click(self, selector: str) -> None:
         """Click on an element as a person does."""
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page this size in CSS pixels."""
+
+    def preload(self, script: str) -> AbstractContextManager[None]:
+        """Run JavaScript in each page that is opened meanwhile, before the page's own."""
+
     def console(self) -> list[str]:
         """Return the warnings and errors on the console since the last time."""
 
@@ -61,12 +67,21 @@ class Chromium:
         entries: list[dict[str, str]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in entries]
 
-    def resize(self, width: int, height: int, dark: bool = False) -> None:
-        """Give the page this size in CSS pixels, and the system's colours."""
+    def resize(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def color_scheme(self, scheme: str) -> None:
+        """Give the system a scheme: "light" or "dark"."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    @contextlib.contextmanager
+    def preload(self, script: str) -> Iterator[None]:
+        name = "Page.{}ScriptToEvaluateOnNewDocument"
+        added = self.driver.execute_cdp_cmd(name.format("add"), {"source": script})
+        yield
+        self.driver.execute_cdp_cmd(name.format("remove"), added)
 
 
 class Firefox:
@@ -74,11 +89,10 @@ class Firefox:
         self.connection = connection
         self.ids = itertools.count()
         self.entries: list[str] = []
-        self.command("session.new", capabilities={})
+        self.command("session.new", capabilities={"alwaysMatch": {"acceptInsecureCerts": True}})
         self.command("session.subscribe", events=["log.entryAdded"])
         self.context = self.command("browsingContext.getTree")["contexts"][0]["context"]
-        size = {"width": SIZE[0], "height": SIZE[1]}
-        self.command("browsingContext.setViewport", context=self.context, viewport=size)
+        self.resize(*SIZE)
 
     def command(self, method: str, **params: Any) -> Any:
         number = next(self.ids)
@@ -125,6 +139,17 @@ class Firefox:
         pointer = {"type": "pointer", "id": "mouse", "actions": actions}
         self.command("input.performActions", context=self.context, actions=[pointer])
 
+    def resize(self, width: int, height: int) -> None:
+        size = {"width": width, "height": height}
+        self.command("browsingContext.setViewport", context=self.context, viewport=size)
+
+    @contextlib.contextmanager
+    def preload(self, script: str) -> Iterator[None]:
+        function = f"() => {{ {script} }}"
+        added = self.command("script.addPreloadScript", functionDeclaration=function)
+        yield
+        self.command("script.removePreloadScript", **added)
+
     def console(self) -> list[str]:
         self.command("session.status")  # what was logged before has come before its answer
         entries, self.entries = self.entries, []
@@ -148,6 +173,7 @@ def chromium(profile: Path) -> Iterator[Chromium]:
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.accept_insecure_certs = True
     options.binary_location = shutil.which("chromium") or ""
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     try:

@@ -1,7 +1,9 @@
 """The server as the page may find it, such as `uvicorn tests.support.page_servers:held_back`."""
 
+import asyncio
 import json
 
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from main import app
@@ -59,3 +61,23 @@ async def gap(scope: Scope, receive: Receive, send: Send) -> None:
         await send(message)
 
     await app(scope, receive, lose if scope["type"] == "http" else send)
+
+
+painted = asyncio.Event()
+
+
+async def painted_first(scope: Scope, receive: Receive, send: Send) -> None:
+    """The page's scripts come when the page says, at `/painted`, that it is painted without them.
+
+    So it is on a busy machine, or behind a slow connection.
+    """
+    path = scope.get("path", "")
+    if path == "/":
+        painted.clear()
+    if path == "/painted":
+        painted.set()
+        await Response(status_code=204)(scope, receive, send)
+        return
+    if path.endswith(".js"):
+        await painted.wait()
+    await app(scope, receive, send)
