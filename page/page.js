@@ -214,7 +214,7 @@ class View {
 
   #say(mark) {
     const late = lateness(this.lane.late(mark));
-    return `${this.lane.name(mark)}: ${mark.text}, after ${inSeconds(mark.at)}, ${late}`;
+    return `${this.lane.name(mark)} after ${inSeconds(mark.at)}, ${late}: ${mark.text}`;
   }
 
   // Hovering over a track shows the event that is nearest there, focusing a mark shows that one.
