@@ -1,7 +1,6 @@
 """The page in real browsers: live, in time, resuming, bounded, accessible; and how it is served."""
 
 import html
-import json
 import re
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from contextlib import ExitStack
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -728,10 +726,3 @@ def test_logic() -> None:
     command = [node, "--test", str(Path(__file__).parent / "page_logic.test.mjs")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 0, result.stdout
-
-
-def test_openapi_tells_both_answers(shared_server: Process) -> None:
-    document: Any = httpx.get(f"{shared_server.url}/openapi.json").json()
-    content = document["paths"]["/"]["get"]["responses"]["200"]["content"]
-    assert set(content) == {"text/html", "application/json"}
-    assert json.dumps(content["application/json"]) != "{}"

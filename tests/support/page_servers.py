@@ -36,7 +36,7 @@ async def markup(scope: Scope, receive: Receive, send: Send) -> None:
     async def replace(message: Message) -> None:
         if scope["path"] in STREAMS and message["type"] == "http.response.body":
             data = MARKUP if scope["path"] == "/text" else json.dumps(MARKUP)[1:-1]
-            message["body"] = message["body"].replace(b"Step", data.encode())
+            message["body"] = message.get("body", b"").replace(b"Step", data.encode())
         await send(message)
 
     await app(scope, receive, replace if scope["type"] == "http" else send)
