@@ -347,7 +347,7 @@ function draw(signal, seconds) {
 
 function drawAxis(end) {
   const { clientWidth } = axis.element;
-  const max = Math.max(3, Math.floor(clientWidth / 80));
+  const max = Math.max(3, Math.floor(clientWidth / 64));
   if (end === axis.end && max === axis.max) return;
   Object.assign(axis, { end, max });
   const seconds = ticks(end, max);

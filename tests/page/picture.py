@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from tests.support.browsers import Chromium, chromium
 from tests.support.processes import ROOT, UVICORN, Process, free_port, wait_for
 
-WIDTH = 1000  # narrow enough for the code to be folded away
+WIDTH, MARGIN = 1280, 12
 
 
 def take(browser: Chromium, url: str) -> bytes:
@@ -21,9 +21,12 @@ def take(browser: Chromium, url: str) -> bytes:
         code = "return document.querySelectorAll(arguments[0]).length"
         return bool(browser.run(code, marks) >= count)
 
+    browser.driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
     browser.resize(WIDTH, 800)
     browser.open(f"{url}/?steps=10&interval=1.0")
-    browser.resize(WIDTH, browser.run("return document.documentElement.scrollHeight"))
+    # Down to where the code begins.
+    height = browser.run("return document.querySelector('.read').getBoundingClientRect().bottom")
+    browser.resize(WIDTH, round(height) + MARGIN)
     browser.click("#start")
     wait_for(lambda: arrived("ndjson", 4), "four events")
     browser.run(

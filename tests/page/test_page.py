@@ -721,6 +721,18 @@ def test_the_page_names_the_recipes() -> None:
     )
 
 
+def test_readme_names_each_file_and_the_limits() -> None:
+    readme = (PAGE / "README.md").read_text()
+    table = re.findall(r"^\| (`.*?) \|", readme, re.MULTILINE)
+    named = re.findall(r"`([^`]+)`", " ".join(table))
+    assert {*named, "README.md"} == {file.name for file in PAGE.iterdir()}
+    lane = (PAGE / "lane.js").read_text()
+    marks, rows = re.findall(r"export const MAX_\w+ = (\d+);", lane)
+    assert f"at most {marks} marks and {rows} rows" in readme
+    assert "const ON_TIME = 0.1;" in lane, "the tenth of a second"
+    assert "```" not in readme, "nothing here is run"
+
+
 def test_logic() -> None:
     node = need("node", "nodejs")
     command = [node, "--test", str(Path(__file__).parent / "page_logic.test.mjs")]

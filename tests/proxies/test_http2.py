@@ -1,0 +1,152 @@
+"""Twelve `EventSource`s, through deploy/'s nginx: six run over HTTP/1.1, all over HTTP/2."""
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.support.browsers import BROWSERS, Browser
+from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, free_port, need, wait_for
+from tests.support.proxies import command, deployed, substitute
+
+COUNT = 12
+LIVE = (
+    "/sse?steps=100000&interval=2"  # a proxy that fills a buffer of 4 KB first takes over a minute
+)
+
+
+class Nginx:
+    """deploy/nginx.conf with deploy/http2.conf beside it, and the certificate that it asks for."""
+
+    def __init__(self, server: Process, tmp: Path) -> None:
+        http2 = (ROOT / "deploy/http2.conf").read_text()
+        port = free_port()
+        own = {"listen 8443": f"listen 127.0.0.1:{port}"}
+        (tmp / "http2.conf").write_text(substitute(http2, own))
+        make_certificate = "".join(
+            line.removeprefix("#") for line in http2.splitlines(True) if line.startswith("#     ")
+        )
+        need("openssl", "openssl")
+        subprocess.run(make_certificate, shell=True, check=True, cwd=tmp, timeout=LIMIT)
+        plain = free_port()
+        config = deployed("nginx", plain, [server.port] * 3, tmp)
+        self.process = Process(command("nginx", config), tmp / "nginx.log", plain)
+        self.http1 = self.process.url
+        self.http2 = f"https://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def in_front_of(tmp_path: Path) -> Iterator[Callable[[Process], Nginx]]:
+    """Start nginx in front of a server: `in_front_of(server)`."""
+    with ExitStack() as stack:
+
+        def start_it(server: Process) -> Nginx:
+            nginx = Nginx(server, tmp_path)
+            stack.callback(nginx.process.kill)
+            return nginx
+
+        yield start_it
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.xdist_group(f"http2-{name}")) for name in BROWSERS
+    ],
+)
+def browser(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    with BROWSERS[request.param](tmp_path_factory.mktemp(request.param)) as browser:
+        yield browser
+
+
+def read(browser: Browser, url: str, path: str) -> str:
+    """Open a page, and twelve `EventSource`s in it. Return the protocol by which the page came."""
+    browser.open(url)
+    browser.run(
+        """
+        window.readers = Array.from({ length: arguments[1] }, () => {
+          const reader = { ids: [], errors: 0, source: new EventSource(arguments[0]) };
+          reader.source.onmessage = ({ lastEventId }) => reader.ids.push(Number(lastEventId));
+          reader.source.onerror = () => (reader.errors += 1);
+          return reader;
+        });
+        """,
+        path,
+        COUNT,
+    )
+    return str(browser.run("return performance.getEntriesByType('navigation')[0].nextHopProtocol"))
+
+
+def ids(browser: Browser) -> list[list[int]]:
+    """The event ids that each reader has had."""
+    return list(browser.run("return readers.map(({ ids }) => ids)"))
+
+
+def errors(browser: Browser) -> list[int]:
+    """How often each reader lost its stream, or tried in vain to get it back."""
+    return list(browser.run("return readers.map(({ errors }) => errors)"))
+
+
+def states(browser: Browser) -> str:
+    """A digit for each reader: 0 connecting, 1 open, 2 closed."""
+    return str(browser.run("return readers.map(({ source }) => source.readyState).join('')"))
+
+
+def test_over_http_1_six_run_and_the_others_wait(
+    browser: Browser, server: Process, in_front_of: Callable[[Process], Nginx]
+) -> None:
+    assert read(browser, in_front_of(server).http1, LIVE) == "http/1.1"
+    wait_for(lambda: sum(len(got) >= 2 for got in ids(browser)) == 6, "six live streams")
+    assert sorted(states(browser)) == ["0"] * 6 + ["1"] * 6
+    assert ids(browser).count([]) == 6
+    browser.run("readers.find(({ source }) => source.readyState === 1).source.close()")
+    wait_for(lambda: ids(browser).count([]) == 5, "the seventh")
+
+
+def test_over_http_2_all_run_and_all_are_resumed(
+    browser: Browser, server: Process, in_front_of: Callable[[Process], Nginx]
+) -> None:
+    assert read(browser, in_front_of(server).http2, LIVE) == "h2"
+    wait_for(lambda: all(len(got) >= 2 for got in ids(browser)), "twelve live streams")
+    assert errors(browser) == [0] * COUNT
+    server.signal(signal.SIGTERM)
+    assert server.wait() == -signal.SIGTERM
+    # The first error is the end of the stream, the second one an attempt while nobody listens.
+    wait_for(lambda: min(errors(browser)) >= 2, "an attempt of each")
+    before = [len(got) for got in ids(browser)]
+    server.start()
+    wait_for(
+        lambda: all(len(got) >= n + 2 for got, n in zip(ids(browser), before, strict=True)),
+        "twelve streams that have gone on",
+    )
+    for got in ids(browser):
+        assert got == list(range(len(got)))
+
+
+def test_over_http_2_one_without_an_answer_leaves_the_others_alone(
+    browser: Browser, start: Start, in_front_of: Callable[[Process], Nginx]
+) -> None:
+    """When the server is full nginx closes a stream without an answer, not their connection."""
+    server = start(*UVICORN, "--limit-concurrency", "5")  # four streams: it counts who asks, too
+    read(browser, in_front_of(server).http2, LIVE)
+    server.wait_for_log('"GET /sse.* 503', 3 * COUNT)
+    running = [(i, len(got)) for i, got in enumerate(ids(browser)) if got]
+    lost = errors(browser)
+    assert len(running) == 4
+    wait_for(lambda: all(len(ids(browser)[i]) > n for i, n in running), "them to go on")
+    assert [errors(browser)[i] for i, _ in running] == [lost[i] for i, _ in running]
+
+
+def test_over_http_2_a_redirect_leads_to_https(
+    server: Process, in_front_of: Callable[[Process], Nginx], tmp_path: Path
+) -> None:
+    url = in_front_of(server).http2
+    certificate = str(tmp_path / "http2.crt")
+    answer = requests.get(f"{url}/sse/", allow_redirects=False, verify=certificate, timeout=LIMIT)
+    assert answer.headers["Location"] == f"{url}/sse"
