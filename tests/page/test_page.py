@@ -471,6 +471,7 @@ if (PerformanceObserver.supportedEntryTypes.includes("layout-shift")) {
 }
 const places = new Map();
 function look() {
+  if (document.readyState === "loading") return; // what is half parsed still grows
   for (const element of document.querySelectorAll("PLACES")) {
     const { x, y, width, height } = element.getBoundingClientRect();
     if (width === 0) continue; // not shown yet
