@@ -1,0 +1,166 @@
+"""FastAPI's own server-sent events: an endpoint yields items, FastAPI makes events of them.
+
+Take it for tens or hundreds of readers: no frame is written by hand, the items are checked and
+described in /docs, and a silent stream is kept alive. For thousands take `main.py`'s `/sse`: there
+an event costs a tenth.
+
+Run `uvicorn recipes.fastapi_sse:app --reload`, then `curl -N localhost:8000/items/events`.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, Field
+
+from main import HEADERS, EndStreams
+
+# What FastAPI leaves to you -----------------------------------------------------------------------
+
+
+class StreamRoute(APIRoute):
+    """Sends a stream's headers. FastAPI's own lack `no-transform`, so HAProxy would compress it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def with_headers(request: Request) -> Response:
+            response = await handler(request)
+            response.headers.update(HEADERS)
+            return response
+
+        return with_headers
+
+
+app = FastAPI(title="FastAPI's own server-sent events")
+app.router.route_class = StreamRoute
+app.add_middleware(EndStreams)  # without it a reload waits for open streams
+
+
+@app.exception_handler(RequestValidationError)
+async def say_what_is_wrong(_: Request, error: RequestValidationError) -> Response:
+    """FastAPI's 422, also where it repeats an input that neither JSON nor UTF-8 can hold.
+
+    FastAPI answers 500 to `NaN`, `1e400` and `"\\ud800"` in a body:
+    https://github.com/fastapi/fastapi/issues/459
+    """
+    detail = json.dumps({"detail": jsonable_encoder(error.errors())})
+    detail = json.dumps(json.loads(detail, parse_constant=str))
+    return Response(detail, 422, media_type="application/json")
+
+
+class Name(Enum):
+    CUP = "cup"
+    POT = "pot"
+    SPOON = "spoon"
+
+
+class Item(BaseModel):
+    name: Name
+    price: float
+
+
+@dataclass
+class Shelf:
+    room: str
+    number: int
+
+
+ITEMS = [Item(name=n, price=p) for n, p in ((Name.CUP, 2.5), (Name.POT, 19), (Name.SPOON, 1.2))]
+
+
+def first_left(last_event_id: Annotated[str | None, Header(pattern="^[0-9]{1,18}$")] = None) -> int:
+    """Say where to go on. An endpoint that yields cannot answer 204 any more; a dependency can."""
+    first = 0 if last_event_id is None else int(last_event_id) + 1
+    if first >= len(ITEMS):
+        raise HTTPException(204, headers=HEADERS)  # an `EventSource` stops at nothing else
+    return first
+
+
+def catalogue() -> Iterator[list[Item]]:
+    """Give what has to be closed, such as a database session; close it when the reader goes away.
+
+    The endpoint's own `finally` may come late: FastAPI leaves a sync generator, and an async one
+    whose reader was slow, to Python's garbage collection.
+    """
+    yield ITEMS
+
+
+Catalogue = Annotated[list[Item], Depends(catalogue)]
+
+
+# What FastAPI does --------------------------------------------------------------------------------
+
+
+@app.get("/items/stream", response_class=EventSourceResponse)
+async def stream_items(items: Catalogue) -> AsyncIterable[Item]:
+    """Items as they are: the annotation is their schema in /docs, and each is checked by it."""
+    for item in items:
+        yield item
+        await asyncio.sleep(0.5)
+
+
+@app.get("/items/sync", response_class=EventSourceResponse)
+def stream_items_sync(items: Catalogue) -> Iterable[Item]:
+    """The same from a sync generator, which may block: it runs in a thread."""
+    for item in items:
+        yield item
+        time.sleep(0.5)
+
+
+@app.get(
+    "/items/events",
+    response_class=EventSourceResponse,
+    responses={204: {"description": "No event is left after `Last-Event-ID`."}},
+)
+async def stream_events(
+    first: Annotated[int, Depends(first_left)], items: Catalogue
+) -> AsyncIterable[ServerSentEvent]:
+    """Items as events with a name and an id, so that a reader can go on after the last it had."""
+    yield ServerSentEvent(comment="come again after a second", retry=1000)
+    for i in range(first, len(items)):
+        yield ServerSentEvent(event="item", id=str(i), data=items[i])
+        await asyncio.sleep(0.5)
+
+
+@app.get("/items/raw", response_class=EventSourceResponse)
+async def stream_raw() -> AsyncIterable[ServerSentEvent]:
+    """`raw_data` is sent as it is; `data` is JSON, a text in quotes."""
+    yield ServerSentEvent(raw_data="text, on\ntwo lines")
+    yield ServerSentEvent(raw_data="<p>A <b>cup</b></p>", event="html")
+    yield ServerSentEvent(raw_data="cup,2.50")
+
+
+@app.get("/items/mixed", response_class=EventSourceResponse)
+async def stream_mixed() -> AsyncIterable[ServerSentEvent]:
+    """A pydantic model, a dataclass and an enum in one event."""
+    yield ServerSentEvent(data={"item": ITEMS[0], "shelf": Shelf("kitchen", 3), "next": Name.POT})
+
+
+@app.get("/items/slow", response_class=EventSourceResponse)
+async def stream_slowly() -> AsyncIterable[Item]:
+    """Two items, 20 seconds apart. After 15 FastAPI sends `: ping`, so that no proxy hangs up."""
+    yield ITEMS[0]
+    await asyncio.sleep(20)
+    yield ITEMS[1]
+
+
+class Order(BaseModel):
+    names: Annotated[list[Name], Field(min_length=1, max_length=100)]
+
+
+@app.post("/items/stream", response_class=EventSourceResponse)
+async def stream_ordered(order: Order, items: Catalogue) -> AsyncIterable[Item]:
+    """The items that the body names. `EventSource` cannot post; `fetch` can."""
+    for name in order.names:
+        yield next(item for item in items if item.name == name)
+        await asyncio.sleep(0.5)

@@ -1,0 +1,119 @@
+"""Bad input for every recipe, by machine and from a list: never a 500, never a hang.
+
+The requests come from the recipe's own schema, /openapi.json. Of a good answer only the headers are
+waited for, since it may be a stream without an end; a fault behind them is in the server's log.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+from tests.support.processes import LIMIT, Process, Start
+from tests.support.recipes import RECIPES, start_recipe
+
+SLOW_MACHINE = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+# In place of a value in a JSON body, or of the whole.
+JSON = [
+    *("NaN", "-Infinity", "1e400", "-1", "1.5", "9" * 20, "9" * 5000),
+    *("null", "true", "[]", "{}", "[" * 20_000 + "]" * 20_000),
+    *('"\\ud800"', '{"\\ud800": NaN}', '"\\u0000"', '"\\r\\n"', '"☕"', '""'),
+    '"' + "x" * 100_000 + '"',
+]
+# In place of a parameter in a path, a query or a header.
+TEXTS = [
+    *("", "-1", "+1", "1_0", "1.5", "1e400", "NaN", "Infinity", "9" * 20, "9" * 4400),
+    *("\0", "\r\nx: y", "☕", "½", "../..", "a b", "x" * 10_000),
+]
+
+
+@pytest.fixture(params=RECIPES)
+def server(request: pytest.FixtureRequest, start: Start, tmp_path: Path) -> Iterator[Process]:
+    server = start_recipe(start, request.param, tmp_path)
+    yield server
+    requests.get(f"{server.url}/openapi.json", timeout=LIMIT).raise_for_status()
+    # FastAPI logs an error of its own when a reader goes away that is not waited for:
+    # https://github.com/fastapi/fastapi/discussions/15725
+    faults = server.log.count("Exception in ASGI application")
+    assert faults == server.log.count("anyio.BrokenResourceError"), server.log
+
+
+def operations(server: Process) -> list[Any]:
+    schema: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    return [result.ok() for result in schema.get_all_operations()]
+
+
+def answer(**request: Any) -> None:
+    with requests.request(**request, stream=True, allow_redirects=False, timeout=LIMIT) as response:
+        assert response.status_code < 500, response.text
+        if response.status_code >= 400:
+            response.json()
+
+
+def try_on(
+    operation: Any, mode: GenerationMode, examples: int, check: Callable[[dict[str, Any]], None]
+) -> None:
+    """Call `check` with requests for this operation, as `requests.request` takes them."""
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(SLOW_MACHINE, max_examples=examples)
+    def test(case: Any) -> None:
+        check(case.as_transport_kwargs())
+
+    test()
+
+
+@pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
+def test_by_machine(server: Process, mode: GenerationMode) -> None:
+    for operation in operations(server):
+        try:
+            try_on(operation, mode, 30, lambda request: answer(**request))
+        except Unsatisfiable:  # nothing that could be wrong
+            assert mode is GenerationMode.NEGATIVE
+            assert not list(operation.iter_parameters()) + list(operation.body)
+
+
+def test_from_a_list(server: Process) -> None:
+    """Each value in place of each parameter and each field of a good request."""
+    for operation in operations(server):
+
+        def check(good: dict[str, Any], operation: Any = operation) -> None:
+            for request in worse(good, operation):
+                answer(**request)
+
+        try_on(operation, GenerationMode.POSITIVE, 1, check)
+
+
+def worse(good: dict[str, Any], operation: Any) -> Iterator[dict[str, Any]]:
+    """Yield the request with one thing in it wrong."""
+    for parameter, text in itertools.product(operation.iter_parameters(), TEXTS):
+        if parameter.location == "path":
+            path = re.sub("{.*?}", quote(text, safe=""), operation.path)
+            yield {**good, "url": operation.base_url + path}
+        elif parameter.location == "query":
+            yield {**good, "params": {**good["params"], parameter.name: text}}
+        elif text.isprintable() and text.isascii():  # all that a header can hold
+            yield {**good, "headers": {**good["headers"], parameter.name: text}}
+    if "json" not in good:
+        return
+    body = good.pop("json")
+    schema = operation.definition.raw["requestBody"]["content"]["application/json"]["schema"]
+    name = schema["$ref"].rpartition("/")[2]
+    fields = operation.schema.raw_schema["components"]["schemas"][name]["properties"]
+    for field, value in itertools.product(fields, JSON):
+        data = json.dumps({**body, field: "HERE"}).replace('"HERE"', value)
+        yield {**good, "data": data.encode()}
+    for whole in (*map(str.encode, JSON), b"", b"{", b"\xff"):
+        yield {**good, "data": whole}
+    yield {**good, "data": json.dumps(body), "headers": {"Content-Type": "text/plain"}}

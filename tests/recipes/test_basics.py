@@ -1,0 +1,205 @@
+"""recipes/basics.py: what it sends, and what recipes/README.md teaches with it."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.support.browsers import BROWSERS
+from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, wait_for
+from tests.support.raw_reader import RawReader, read_until
+from tests.support.readme import Readme
+from tests.support.recipes import start_recipe
+
+README = Readme("recipes/README.md")
+BODIES = {
+    "/stream": "chunk 1\nchunk 2\nchunk 3\nchunk 4\nchunk 5\n",
+    "/events": "data: event 1\n\ndata: event 2\n\ndata: event 3\n\n",
+    "/progress": "data: 25%\n\ndata: 50%\n\ndata: 75%\n\ndata: 100%\n\n",
+    "/lines": "alpha\nbeta\ngamma\n",
+    "/broken": "data: alpha\ndata: beta\ndata: gamma\n",
+    "/mended": "data: alpha\n\ndata: beta\n\ndata: gamma\n\n",
+}
+
+
+@pytest.fixture
+def server(start: Start, tmp_path: Path) -> Process:
+    return start_recipe(start, "recipes.basics", tmp_path)
+
+
+def start_facts(start: Start, app: str = "tests.recipes.facts:app", **environment: str) -> Process:
+    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}")
+    return start(*command, env=ENVIRONMENT | environment)
+
+
+def test_what_each_path_sends_and_when(server: Process) -> None:
+    readers = {path: RawReader(server.port, path) for path in BODIES}
+    assert read_until(readers.values(), lambda: all(r.ended_at for r in readers.values()))
+    for path, reader in readers.items():
+        assert reader.body.decode() == BODIES[path]
+        assert reader.ended_properly
+    for path in ("/stream", "/progress"):  # bit by bit, over three seconds or more
+        arrivals = readers[path].arrivals
+        assert arrivals[-1] - arrivals[0] > 1
+
+
+def test_headers(server: Process) -> None:
+    for path in BODIES:
+        with requests.get(server.url + path, stream=True, timeout=LIMIT) as response:
+            assert response.status_code == 200
+            text = path in ("/stream", "/lines")
+            media_type = "text/plain" if text else "text/event-stream"
+            assert response.headers["Content-Type"] == f"{media_type}; charset=utf-8"
+            assert response.headers["Cache-Control"] == "no-cache, no-transform"
+            assert response.headers["X-Accel-Buffering"] == "no"
+
+
+@pytest.mark.parametrize("path", ["/stream", "/progress"])
+def test_streams_end_properly_when_the_server_stops(server: Process, path: str) -> None:
+    reader = RawReader(server.port, path)
+    assert read_until([reader], lambda: reader.status)
+    server.signal(signal.SIGTERM)
+    assert read_until([reader], lambda: reader.ended_at)
+    assert reader.ended_properly
+    body = reader.body.decode()
+    assert BODIES[path].startswith(body)
+    assert body != BODIES[path]
+    server.wait()
+    assert "ERROR" not in server.log
+
+
+@pytest.mark.parametrize(("path", "what"), [("/stream", "chunks"), ("/progress", "percentages")])
+def test_the_generator_is_closed_when_the_reader_goes_away(
+    start: Start, path: str, what: str
+) -> None:
+    server = start_facts(start, "tests.recipes.facts:basics_app")
+    reader = RawReader(server.port, path)
+    assert read_until([reader], lambda: reader.arrivals)
+    reader.close()
+    server.wait_for_log(f"{what} closed")
+
+
+def test_starlette_leaves_a_sync_generator_to_the_garbage_collection(start: Start) -> None:
+    server = start_facts(start)
+    reader = RawReader(server.port, "/left-alone")
+    assert read_until([reader], lambda: reader.arrivals)
+    reader.close()
+    server.wait_for_log("response over")
+    assert "generator closed" not in server.log
+    requests.get(f"{server.url}/collect", timeout=LIMIT)
+    server.wait_for_log("generator closed")
+
+
+# Sync or async ------------------------------------------------------------------------------------
+
+
+def sixty(server: Process, path: str, **expected: int) -> list[RawReader]:
+    """Let 60 readers come; wait until as many of their generators run, or wait, as expected."""
+
+    def are_there() -> bool:
+        counts = requests.get(f"{server.url}/wait", timeout=LIMIT).json()
+        return bool(expected.items() <= counts.items())
+
+    readers = [RawReader(server.port, path) for _ in range(60)]
+    wait_for(are_there, f"60 readers of {path}: {expected}")
+    return readers
+
+
+def release(readers: list[RawReader], file: Path) -> None:
+    file.touch()
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    assert all(reader.body == b"released\n" for reader in readers)
+
+
+def test_of_sixty_sync_streams_that_block_twenty_wait(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "release"
+    server = start_facts(start, RELEASE=str(file))
+    release(sixty(server, "/wait/sync", run=40, wait=20), file)
+
+
+def test_sixty_async_streams_all_run(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "release"
+    server = start_facts(start, RELEASE=str(file))
+    release(sixty(server, "/wait/async", run_async=60), file)
+
+
+def test_more_threads(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "more.py").write_text(
+        "from contextlib import asynccontextmanager\n"
+        "import anyio.to_thread\n"
+        "from fastapi import FastAPI\n"
+        "from tests.recipes.facts import router\n"
+        + README.tested("more threads")
+        + "app.include_router(router)\n"
+    )
+    file = tmp_path / "release"
+    command = (sys.executable, "-m", "uvicorn", "more:app", "--app-dir", str(tmp_path))
+    server = start(*command, "--port", "{port}", env={**ENVIRONMENT, "RELEASE": str(file)})
+    release(sixty(server, "/wait/sync", run=60, wait=0), file)
+
+
+def test_one_blocking_call_in_an_async_generator_stops_everybody(
+    start: Start, tmp_path: Path
+) -> None:
+    """With the README's generator, whose `time.sleep` lasts until the test lets it go on."""
+    (tmp_path / "wrong.py").write_text(
+        "from types import SimpleNamespace\n"
+        "from recipes import basics\n"
+        "from tests.recipes.facts import wait\n"
+        "time = SimpleNamespace(sleep=wait)\n"
+        + README.tested("one blocking call")
+        + "basics.percentages = percentages\n"
+        "app = basics.app\n"
+    )
+    file = tmp_path / "release"
+    command = (sys.executable, "-m", "uvicorn", "wrong:app", "--app-dir", str(tmp_path))
+    server = start(*command, "--port", "{port}", env={**ENVIRONMENT, "RELEASE": str(file)})
+    reader = RawReader(server.port, "/progress")
+    assert read_until([reader], lambda: reader.status)
+    with pytest.raises(requests.ReadTimeout):
+        requests.get(f"{server.url}/lines", timeout=(LIMIT, 1))
+    file.touch()
+    assert requests.get(f"{server.url}/lines", timeout=LIMIT).text == BODIES["/lines"]
+    assert read_until([reader], lambda: reader.ended_properly)
+
+
+def test_how_to_test_a_stream(tmp_path: Path) -> None:
+    (tmp_path / "test_own.py").write_text(README.tested("how to test a stream"))
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--rootdir", str(tmp_path), "-q"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "test_own.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT * 2,
+    )
+    assert "2 passed" in result.stdout, result.stdout
+
+
+# In a browser -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+def test_a_browser_sees_no_event_without_the_blank_lines(
+    name: str, server: Process, tmp_path: Path
+) -> None:
+    read = README.tested("in a browser")
+    with BROWSERS[name](tmp_path) as browser:
+        browser.open(f"{server.url}/lines")
+        for path, seen in (
+            ("/broken", []),
+            ("/mended", ["alpha", "beta", "gamma"]),
+            ("/events", ["event 1", "event 2", "event 3"]),
+        ):
+            browser.run(
+                "window.seen = []; window.console.log = (data) => seen.push(data);"
+                + read.replace("/broken", path)
+                + "; source.onerror = () => { source.close(); window.ended = true }"
+                + "; window.ended = false"
+            )
+            # The end of a stream is an error to it: it means to come again.
+            wait_for(lambda: browser.run("return ended"), f"the end of {path}")
+            assert browser.run("return seen") == seen
