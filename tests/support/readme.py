@@ -12,6 +12,8 @@ A comment stands right in front of each block, its mark, and says how the block 
 `<!-- run with recipes.basics: a program -->`
     Python, run against such a server. If the next block is marked `<!-- what it prints -->`, its
     standard output is compared with that. It must end by itself, without a word on standard error.
+`<!-- run -->`, `<!-- run: a program -->`
+    The same without a server.
 `<!-- from recipes/basics.py -->`
     Lines of that file, exactly as they are there.
 `<!-- tested in tests/recipes/test_basics.py: sixty streams -->`
@@ -85,10 +87,12 @@ class Readme:
         """Do with a block what its mark says. `start("recipes.basics")` starts that server."""
         following = self.blocks[self.blocks.index(block) + 1 :]
         output = following[0].text if following and following[0].mark == PRINTS else None
-        if found := re.fullmatch(r"run with (\S+)", block.mark):
-            check_commands(block.text, start(found[1]).port)
-        elif found := re.fullmatch(r"run with (\S+): a program", block.mark):
-            check_program(block.text, output, start(found[1]).port)
+        if found := re.fullmatch(r"run(?: with (\S+))?(: a program)?", block.mark):
+            port = start(found[1]).port if found[1] else PORT
+            if found[2]:
+                check_program(block.text, output, port)
+            else:
+                check_commands(block.text, port)
         elif block.mark == PRINTS:
             before = self.blocks[self.blocks.index(block) - 1]
             assert before.mark.endswith(": a program"), "no program stands before it"
