@@ -9,12 +9,13 @@ import pytest
 import requests
 
 from tests.support.browsers import BROWSERS
-from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, wait_for
+from tests.support.processes import LIMIT, ROOT, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
-from tests.support.recipes import start_recipe
+from tests.support.recipes import start_app, start_recipe
 
 README = Readme("recipes/README.md")
+FACTS = "tests.recipes.facts:app"
 BODIES = {
     "/stream": "chunk 1\nchunk 2\nchunk 3\nchunk 4\nchunk 5\n",
     "/events": "data: event 1\n\ndata: event 2\n\ndata: event 3\n\n",
@@ -28,11 +29,6 @@ BODIES = {
 @pytest.fixture
 def server(start: Start, tmp_path: Path) -> Process:
     return start_recipe(start, "recipes.basics", tmp_path)
-
-
-def start_facts(start: Start, app: str = "tests.recipes.facts:app", **environment: str) -> Process:
-    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}")
-    return start(*command, env=ENVIRONMENT | environment)
 
 
 def test_what_each_path_sends_and_when(server: Process) -> None:
@@ -75,7 +71,7 @@ def test_streams_end_properly_when_the_server_stops(server: Process, path: str) 
 def test_the_generator_is_closed_when_the_reader_goes_away(
     start: Start, path: str, what: str
 ) -> None:
-    server = start_facts(start, "tests.recipes.facts:basics_app")
+    server = start_app(start, "tests.recipes.facts:basics_app")
     reader = RawReader(server.port, path)
     assert read_until([reader], lambda: reader.arrivals)
     reader.close()
@@ -83,7 +79,7 @@ def test_the_generator_is_closed_when_the_reader_goes_away(
 
 
 def test_starlette_leaves_a_sync_generator_to_the_garbage_collection(start: Start) -> None:
-    server = start_facts(start)
+    server = start_app(start, FACTS)
     reader = RawReader(server.port, "/left-alone")
     assert read_until([reader], lambda: reader.arrivals)
     reader.close()
@@ -116,13 +112,13 @@ def release(readers: list[RawReader], file: Path) -> None:
 
 def test_of_sixty_sync_streams_that_block_twenty_wait(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "release"
-    server = start_facts(start, RELEASE=str(file))
+    server = start_app(start, FACTS, RELEASE=str(file))
     release(sixty(server, "/wait/sync", run=40, wait=20), file)
 
 
 def test_sixty_async_streams_all_run(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "release"
-    server = start_facts(start, RELEASE=str(file))
+    server = start_app(start, FACTS, RELEASE=str(file))
     release(sixty(server, "/wait/async", run_async=60), file)
 
 
@@ -136,8 +132,7 @@ def test_more_threads(start: Start, tmp_path: Path) -> None:
         + "app.include_router(router)\n"
     )
     file = tmp_path / "release"
-    command = (sys.executable, "-m", "uvicorn", "more:app", "--app-dir", str(tmp_path))
-    server = start(*command, "--port", "{port}", env={**ENVIRONMENT, "RELEASE": str(file)})
+    server = start_app(start, "more:app", PYTHONPATH=str(tmp_path), RELEASE=str(file))
     release(sixty(server, "/wait/sync", run=60, wait=0), file)
 
 
@@ -155,8 +150,7 @@ def test_one_blocking_call_in_an_async_generator_stops_everybody(
         "app = basics.app\n"
     )
     file = tmp_path / "release"
-    command = (sys.executable, "-m", "uvicorn", "wrong:app", "--app-dir", str(tmp_path))
-    server = start(*command, "--port", "{port}", env={**ENVIRONMENT, "RELEASE": str(file)})
+    server = start_app(start, "wrong:app", PYTHONPATH=str(tmp_path), RELEASE=str(file))
     reader = RawReader(server.port, "/progress")
     assert read_until([reader], lambda: reader.status)
     with pytest.raises(requests.ReadTimeout):

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.recipes.test_basics import start_facts
 from tests.support.browsers import BROWSERS
 from tests.support.processes import LIMIT, ROOT, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until, wait_until_idle
 from tests.support.readme import Readme
-from tests.support.recipes import start_recipe
+from tests.support.recipes import start_app, start_recipe
 
 CUP, POT, SPOON = (
     '{"name":"cup","price":2.5}',
@@ -101,7 +100,7 @@ def test_docs_show_the_items(server: Process) -> None:
 @pytest.mark.parametrize("path", ["slow", "sync", "events"])
 def test_streams_end_properly_when_the_server_stops(server: Process, path: str) -> None:
     readers = [RawReader(server.port, f"/items/{path}") for _ in range(20)]
-    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+    assert read_until(readers, lambda: all(b"data" in reader.body for reader in readers))
     server.signal(signal.SIGTERM)
     assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
     for reader in readers:
@@ -115,7 +114,7 @@ def test_streams_end_properly_when_the_server_stops(server: Process, path: str) 
 
 @pytest.mark.parametrize("path", ["/items/stream", "/items/sync", "/items/events"])
 def test_the_catalogue_is_closed_when_the_reader_goes_away(start: Start, path: str) -> None:
-    server = start_facts(start, "tests.recipes.facts:fastapi_sse_app")
+    server = start_app(start, "tests.recipes.facts:fastapi_sse_app")
     reader = RawReader(server.port, path)
     assert read_until([reader], lambda: reader.arrivals)
     reader.close()
@@ -144,7 +143,7 @@ def test_an_eventsource_sees_each_item_once_and_stops(
 
 @pytest.fixture
 def facts(start: Start) -> Process:
-    return start_facts(start)
+    return start_app(start, "tests.recipes.facts:app")
 
 
 def test_a_sync_generator_is_left_to_the_garbage_collection(facts: Process) -> None:

@@ -23,7 +23,10 @@ NEEDS: dict[str, dict[str, str]] = {
 def start_recipe(start: Start, recipe: str, tmp_path: Path, **environment: str) -> Process:
     """Start the server of a recipe; wait until it listens. More can be put in its environment."""
     needs = {k: v.replace("{tmp}", str(tmp_path)) for k, v in NEEDS.get(recipe, {}).items()}
-    return start(
-        *(sys.executable, "-m", "uvicorn", f"{recipe}:app", "--port", "{port}"),
-        env=ENVIRONMENT | needs | environment,
-    )
+    return start_app(start, f"{recipe}:app", **needs | environment)
+
+
+def start_app(start: Start, app: str, **environment: str) -> Process:
+    """Start `uvicorn app` with this in its environment; wait until it listens."""
+    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}")
+    return start(*command, env=ENVIRONMENT | environment)
