@@ -165,8 +165,10 @@ async def watch() -> None:
                         wake_readers()
                     if not batch or kinds - {Change.modified}:
                         break
-        except (OSError, RuntimeError):
-            # A directory is gone already, or the kernel's limit is reached: look each second.
+        except Exception:
+            # A directory is gone already, a limit of the kernel's is reached, or a file next to the
+            # log has a name that watchfiles cannot decode. Look again in a second, and until then
+            # each second: without a watch the readers would wait for their keep-alive.
             await asyncio.sleep(1)
 
 
@@ -186,12 +188,12 @@ def directory_entries() -> set[Path]:
 async def follow(lines: int, last_event_id: int | None) -> AsyncGenerator[bytes]:
     """Yield the last lines, or those after the id, and each new one, as events."""
     loop = asyncio.get_running_loop()
-    yield b"retry: 1000\n\n"
     try:
         if last_event_id is None:
             # In a thread: it may have to read far. All other reads are of one block, mostly just
             # written: less work than the way to a thread and back.
             last_event_id = await asyncio.to_thread(find_last_lines, lines)
+        yield b"retry: 1000\n\n"  # ms; who has this misses nothing that is written from now on
         with closing(read_log(last_event_id)) as log:
             due = loop.time() + KEEP_ALIVE
             change = changed  # taken before each look: nothing can happen in between
