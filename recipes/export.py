@@ -51,7 +51,7 @@ DATABASE_URL = os.environ.get("DATABASE_URL", f"sqlite:///{FILE}")
 # Each download has a connection of its own until its reader has got the last row, or has left.
 # One download more is answered with 503: waiting for a connection would block a thread.
 engine = create_engine(
-    DATABASE_URL, pool_size=20, max_overflow=0, pool_timeout=0, pool_pre_ping=True
+    DATABASE_URL, pool_size=10, max_overflow=0, pool_timeout=0, pool_pre_ping=True
 )
 
 orders = Table(
