@@ -1,11 +1,14 @@
 """The fixtures of all tests: servers that are started for one test, and stopped after it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.browsers import BROWSERS, Browser
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import UVICORN, Process, Start, free_port
 
@@ -41,6 +44,21 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]
     process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
     yield process
     process.kill()
+
+
+@pytest.fixture(scope="session")
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Browser]]:
+    """`browsers(name)` starts a browser the first time, and gives it to all tests of a worker.
+
+    A test leaves it on an empty page, and its console empty.
+    """
+    with ExitStack() as stack:
+
+        @cache
+        def started(name: str) -> Browser:
+            return stack.enter_context(BROWSERS[name](tmp_path_factory.mktemp(name)))
+
+        yield started
 
 
 @pytest.fixture

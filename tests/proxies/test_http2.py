@@ -52,17 +52,14 @@ def in_front_of(tmp_path: Path) -> Iterator[Callable[[Process], Nginx]]:
         yield start_it
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f"http2-{name}")) for name in BROWSERS
-    ],
-)
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in BROWSERS])
 def browser(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
 ) -> Iterator[Browser]:
-    with BROWSERS[request.param](tmp_path_factory.mktemp(request.param)) as browser:
-        yield browser
+    browser = browsers(request.param)
+    yield browser
+    browser.open("about:blank")
+    browser.console()
 
 
 def read(browser: Browser, url: str, path: str) -> str:

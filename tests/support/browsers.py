@@ -67,13 +67,14 @@ class Chromium:
         entries: list[dict[str, str]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in entries]
 
-    def resize(self, width: int, height: int) -> None:
+    def resize(self, width: int, height: int, dark: bool = False) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.darken(dark)
 
-    def color_scheme(self, scheme: str) -> None:
-        """Give the system a scheme: "light" or "dark"."""
-        feature = {"name": "prefers-color-scheme", "value": scheme}
+    def darken(self, dark: bool = True) -> None:
+        """Give the system dark colours, or light ones."""
+        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
     @contextlib.contextmanager
