@@ -93,8 +93,8 @@ class Question(BaseModel, extra="allow"):
         """Python's parser takes NaN, 1e400 and half a surrogate pair, and no other one does."""
         try:
             to_json(body)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"This JSON cannot be passed on: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:  # TypeError: bytes, no JSON at all
+            raise ValueError(f"This cannot be passed on as JSON: {error}") from error
         return body
 
 
@@ -278,6 +278,8 @@ def passed_on(error: openai.APIError) -> HTTPException:
         headers = {"Retry-After": retry_after} if retry_after else {}
     if status in (401, 403):  # it refuses this server's key, which is not the reader's
         return failure(502, "The upstream refuses the key of this server.")
+    if status < 400:  # a redirection to nowhere
+        return failure(502, f"The upstream answered {status}.")
     try:
         problem = Problem.model_validate(error.body)
     except ValidationError:
@@ -445,7 +447,7 @@ async def tell_bad_input(request: Request, error: RequestValidationError) -> Res
     """This API answers 400 where FastAPI's habit is 422."""
     first = error.errors()[0]
     place = [str(name) for name in first["loc"]]
-    message = f"{first['msg']} ({'.'.join(place)})"
+    message = f"{first['msg'].removeprefix('Value error, ')} ({'.'.join(place)})"
     param = place[1] if len(place) > 1 else None
     return await tell(request, failure(400, message, param=param))
 

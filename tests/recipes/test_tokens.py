@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 
-from main import HEADERS
+from main import HEADERS, PAGE_HEADERS
 from recipes import tokens
 from tests.support.processes import LIMIT, Process, free_port
 from tests.support.raw_reader import wait_until_idle
@@ -213,6 +214,14 @@ def test_any_stop_sequences(data: st.DataObject, extra: list[str]) -> None:
     assert len(text) <= first
 
 
+def test_nothing_of_the_page_is_inline_and_the_policy_says_so(shared: Shared) -> None:
+    url = shared("parrot").url
+    for path in ("/", "/pages/tokens.js", "/pages/style.css"):
+        headers = http.get(url + path).headers
+        assert {name: headers[name] for name in PAGE_HEADERS} == PAGE_HEADERS
+    assert not re.search("<style|style=|<script>| on[a-z]+=", http.get(url).text)
+
+
 # What is wrong with the question ------------------------------------------------------------------
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "https://localhost/x.png"}}]
@@ -223,7 +232,7 @@ TOOL = [{"type": "function", "function": {"name": "f"}}]
 @pytest.mark.parametrize(
     ("fields", "error", "param", "code"),
     [
-        ({"model": "gpt"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"model": "owl"}, openai.NotFoundError, "model", "model_not_found"),
         ({"n": 2}, openai.BadRequestError, "n", "unsupported_parameter"),
         ({"tools": TOOL}, openai.BadRequestError, "tools", "unsupported_parameter"),
         ({"question": IMAGE}, openai.BadRequestError, "messages", "unsupported_parameter"),
@@ -288,6 +297,17 @@ def test_no_input_is_a_500(either: Process, body: bytes) -> None:
         assert response.status_code in (400, 404)
         assert response.json()["error"]["message"]
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/xml", "x", "☕"])
+def test_what_is_not_sent_as_json(either: Process, content_type: str) -> None:
+    response = http.post(
+        f"{either.url}/v1/chat/completions",
+        content=json.dumps(asked()),
+        headers=[(b"Content-Type", content_type.encode())],
+    )
+    assert response.status_code == 400
+    assert "JSON" in response.json()["error"]["message"]
 
 
 def test_what_is_not_there(either: Process) -> None:
@@ -434,6 +454,7 @@ def test_no_broken_body_looks_whole(shared: Shared, fault: str) -> None:
         ("answers 500 in HTML", 500),
         ("answers 503 in another shape", 503),
         ("answers 401", 502),  # the key is the relay's, not the reader's
+        ("answers 302 to nowhere", 502),
         ("answers in HTML", 502),
         ("answers an error with 200", 502),
         ("is silent", 504),

@@ -61,6 +61,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "answers 500 in HTML": (500, "text/html", "<h1>500</h1>"),
     "answers 503 in another shape": (503, "application/json", '{"detail": "busy"}'),
     "answers 401": (401, "application/json", json.dumps({"error": ERROR})),
+    "answers 302 to nowhere": (302, "text/html", ""),
     "answers in HTML": (200, "text/html", "<h1>Welcome</h1>"),
     "answers an error with 200": (200, "application/json", json.dumps({"error": ERROR})),
 }
