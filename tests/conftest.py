@@ -61,6 +61,17 @@ def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         yield started
 
 
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in BROWSERS])
+def browser(
+    request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
+) -> Iterator[Browser]:
+    """Each browser in turn."""
+    browser = browsers(request.param)
+    yield browser
+    browser.open("about:blank")
+    browser.console()
+
+
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server with an empty database, for one test."""

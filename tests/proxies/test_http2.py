@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.browsers import BROWSERS, Browser
+from tests.support.browsers import Browser
 from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, free_port, need, wait_for
 from tests.support.proxies import command, deployed, substitute
 
@@ -50,16 +50,6 @@ def in_front_of(tmp_path: Path) -> Iterator[Callable[[Process], Nginx]]:
             return nginx
 
         yield start_it
-
-
-@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in BROWSERS])
-def browser(
-    request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
-) -> Iterator[Browser]:
-    browser = browsers(request.param)
-    yield browser
-    browser.open("about:blank")
-    browser.console()
 
 
 def read(browser: Browser, url: str, path: str) -> str:

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -12,7 +11,7 @@ import requests
 from aiohttp.http_exceptions import LineTooLong
 
 from tests.readme.test_readme import README
-from tests.support.browsers import BROWSERS
+from tests.support.browsers import Browser
 from tests.support.processes import LIMIT, Process, wait_for
 from tests.support.wrong_servers import CHUNKED, CLOSED, END, Connection, chunk, event, wrong_server
 
@@ -64,51 +63,44 @@ def test_a_session_of_aiohttp_refuses_long_lines_and_ends_after_five_minutes() -
         asyncio.run(read(server.url))
 
 
-@pytest.mark.parametrize("name", BROWSERS)
-def test_an_eventsource_fails_for_good_on_a_503(
-    name: str, shared_server: Process, tmp_path: Path
-) -> None:
+def test_an_eventsource_fails_for_good_on_a_503(browser: Browser, shared_server: Process) -> None:
     def answer(connection: Connection) -> None:
         connection.send(
             b"HTTP/1.1 503 Service Unavailable\r\nAccess-Control-Allow-Origin: *\r\n"
             b"Content-Length: 0\r\nConnection: close\r\n\r\n"
         )
 
-    with wrong_server(answer) as server, BROWSERS[name](tmp_path) as browser:
+    with wrong_server(answer) as server:
         browser.open(shared_server.url)
         browser.run("window.source = new EventSource(arguments[0])", server.url)
         wait_for(lambda: browser.run("return source.readyState") == 2, "the source to be closed")
 
 
-@pytest.mark.parametrize("name", BROWSERS)
 def test_a_browser_opens_six_connections_to_a_host(
-    name: str, shared_server: Process, tmp_path: Path
+    browser: Browser, shared_server: Process
 ) -> None:
-    with BROWSERS[name](tmp_path) as browser:
-        browser.open(shared_server.url)
-        browser.run(
-            """window.sources = Array.from(Array(8), () => new EventSource("/sse?interval=10"))"""
-        )
+    browser.open(shared_server.url)
+    browser.run(
+        """window.sources = Array.from(Array(8), () => new EventSource("/sse?interval=10"))"""
+    )
 
-        def opened() -> int:
-            return int(browser.run("return sources.filter((s) => s.readyState == 1).length"))
+    def opened() -> int:
+        return int(browser.run("return sources.filter((s) => s.readyState == 1).length"))
 
-        wait_for(lambda: opened() == 6, "six to be open")
-        time.sleep(1)
-        assert opened() == 6
-        browser.run("sources.find((s) => s.readyState == 1).close()")
-        wait_for(lambda: opened() == 6, "the next to have its turn")
+    wait_for(lambda: opened() == 6, "six to be open")
+    time.sleep(1)
+    assert opened() == 6
+    browser.run("sources.find((s) => s.readyState == 1).close()")
+    wait_for(lambda: opened() == 6, "the next to have its turn")
 
 
-@pytest.mark.parametrize("name", BROWSERS)
 def test_two_lines_in_the_console_of_the_page_read_the_stream(
-    name: str, shared_server: Process, tmp_path: Path
+    browser: Browser, shared_server: Process
 ) -> None:
-    with BROWSERS[name](tmp_path) as browser:
-        browser.open(shared_server.url)
-        browser.run("window.seen = []; console.log = (event) => seen.push(event.event_id)")
-        browser.run(README.only("run: in a browser"))
-        wait_for(lambda: browser.run("return seen.length") == 10, "ten events")
-        assert browser.run("return seen") == list(range(10))
-        # It stops by itself, at the 204.
-        wait_for(lambda: '"GET /sse HTTP/1.1" 204' in shared_server.log, "the 204")
+    browser.open(shared_server.url)
+    browser.run("window.seen = []; console.log = (event) => seen.push(event.event_id)")
+    browser.run(README.only("run: in a browser"))
+    wait_for(lambda: browser.run("return seen.length") == 10, "ten events")
+    assert browser.run("return seen") == list(range(10))
+    # It stops by itself, at the 204.
+    wait_for(lambda: '"GET /sse HTTP/1.1" 204' in shared_server.log, "the 204")

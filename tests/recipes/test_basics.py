@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.browsers import BROWSERS
+from tests.support.browsers import Browser
 from tests.support.processes import LIMIT, ROOT, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
@@ -176,24 +176,20 @@ def test_how_to_test_a_stream(tmp_path: Path) -> None:
 # In a browser -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BROWSERS)
-def test_a_browser_sees_no_event_without_the_blank_lines(
-    name: str, server: Process, tmp_path: Path
-) -> None:
+def test_a_browser_sees_no_event_without_the_blank_lines(browser: Browser, server: Process) -> None:
     read = README.tested("in a browser")
-    with BROWSERS[name](tmp_path) as browser:
-        browser.open(f"{server.url}/lines")
-        for path, seen in (
-            ("/broken", []),
-            ("/mended", ["alpha", "beta", "gamma"]),
-            ("/events", ["event 1", "event 2", "event 3"]),
-        ):
-            browser.run(
-                "window.seen = []; window.console.log = (data) => seen.push(data);"
-                + read.replace("/broken", path)
-                + "; source.onerror = () => { source.close(); window.ended = true }"
-                + "; window.ended = false"
-            )
-            # The end of a stream is an error to it: it means to come again.
-            wait_for(lambda: browser.run("return ended"), f"the end of {path}")
-            assert browser.run("return seen") == seen
+    browser.open(f"{server.url}/lines")
+    for path, seen in (
+        ("/broken", []),
+        ("/mended", ["alpha", "beta", "gamma"]),
+        ("/events", ["event 1", "event 2", "event 3"]),
+    ):
+        browser.run(
+            "window.seen = []; window.console.log = (data) => seen.push(data);"
+            + read.replace("/broken", path)
+            + "; source.onerror = () => { source.close(); window.ended = true }"
+            + "; window.ended = false"
+        )
+        # The end of a stream is an error to it: it means to come again.
+        wait_for(lambda: browser.run("return ended"), f"the end of {path}")
+        assert browser.run("return seen") == seen

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.browsers import BROWSERS
+from tests.support.browsers import Browser
 from tests.support.processes import LIMIT, ROOT, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until, wait_until_idle
 from tests.support.readme import Readme
@@ -121,21 +121,17 @@ def test_the_catalogue_is_closed_when_the_reader_goes_away(start: Start, path: s
     server.wait_for_log("catalogue closed")
 
 
-@pytest.mark.parametrize("name", BROWSERS)
-def test_an_eventsource_sees_each_item_once_and_stops(
-    name: str, server: Process, tmp_path: Path
-) -> None:
-    with BROWSERS[name](tmp_path) as browser:
-        browser.open(f"{server.url}/items/mixed")
-        browser.run(
-            """window.seen = [];
-            window.source = new EventSource('/items/events');
-            source.addEventListener('item', (event) => seen.push([event.lastEventId, event.data]))
-            """
-        )
-        wait_for(lambda: browser.run("return source.readyState") == 2, "the source to be closed")
-        assert browser.run("return seen") == [["0", CUP], ["1", POT], ["2", SPOON]]
-        assert '"GET /items/events HTTP/1.1" 204' in server.log
+def test_an_eventsource_sees_each_item_once_and_stops(browser: Browser, server: Process) -> None:
+    browser.open(f"{server.url}/items/mixed")
+    browser.run(
+        """window.seen = [];
+        window.source = new EventSource('/items/events');
+        source.addEventListener('item', (event) => seen.push([event.lastEventId, event.data]))
+        """
+    )
+    wait_for(lambda: browser.run("return source.readyState") == 2, "the source to be closed")
+    assert browser.run("return seen") == [["0", CUP], ["1", POT], ["2", SPOON]]
+    assert '"GET /items/events HTTP/1.1" 204' in server.log
 
 
 # What the README says of FastAPI ------------------------------------------------------------------

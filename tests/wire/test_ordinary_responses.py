@@ -3,12 +3,11 @@
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import requests
 
-from tests.support.browsers import BROWSERS
+from tests.support.browsers import Browser
 from tests.support.processes import ENVIRONMENT, LIMIT, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, event_ids, read_until
 
@@ -63,28 +62,26 @@ def test_cors(app: App, order: dict[str, str]) -> None:
     assert_ends_when_stopped(server, STREAMS)
 
 
-@pytest.mark.parametrize("name", BROWSERS)
 @in_both_orders
 def test_a_page_of_another_origin_reads_them(
-    name: str, app: App, order: dict[str, str], shared_server: Process, tmp_path: Path
+    browser: Browser, app: App, order: dict[str, str], shared_server: Process
 ) -> None:
     other = app("cors", order)
-    with BROWSERS[name](tmp_path) as browser:
-        browser.open(f"{shared_server.url}/text?steps=1")  # without the page's policy
-        browser.run(
-            """
-            window.seen = {sse: [], fetched: ""}
-            const source = new EventSource(arguments[0] + "/sse?steps=3&interval=0.1")
-            source.onmessage = (message) => seen.sse.push(JSON.parse(message.data).event_id)
-            fetch(arguments[0] + "/ndjson?steps=3&interval=0.1", {headers: {"Last-Event-ID": "0"}})
-                .then((answer) => answer.text()).then((text) => { seen.fetched = text })
-            """,
-            other.url,
-        )
-        wait_for(lambda: browser.run("return seen.sse.length == 3 && seen.fetched"), "both")
-        assert browser.run("return seen.sse") == [0, 1, 2]
-        assert re.findall(r'"event_id":(\d)', browser.run("return seen.fetched")) == ["1", "2"]
-        wait_for(lambda: '"GET /sse?steps=3&interval=0.1 HTTP/1.1" 204' in other.log, "the 204")
+    browser.open(f"{shared_server.url}/text?steps=1")  # without the page's policy
+    browser.run(
+        """
+        window.seen = {sse: [], fetched: ""}
+        const source = new EventSource(arguments[0] + "/sse?steps=3&interval=0.1")
+        source.onmessage = (message) => seen.sse.push(JSON.parse(message.data).event_id)
+        fetch(arguments[0] + "/ndjson?steps=3&interval=0.1", {headers: {"Last-Event-ID": "0"}})
+            .then((answer) => answer.text()).then((text) => { seen.fetched = text })
+        """,
+        other.url,
+    )
+    wait_for(lambda: browser.run("return seen.sse.length == 3 && seen.fetched"), "both")
+    assert browser.run("return seen.sse") == [0, 1, 2]
+    assert re.findall(r'"event_id":(\d)', browser.run("return seen.fetched")) == ["1", "2"]
+    wait_for(lambda: '"GET /sse?steps=3&interval=0.1 HTTP/1.1" 204' in other.log, "the 204")
 
 
 @in_both_orders
