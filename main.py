@@ -21,7 +21,9 @@ import mimetypes
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
+from functools import wraps
+from inspect import unwrap
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar
@@ -255,6 +257,7 @@ class EndStreams:
     # By event loop: what it has open. And the loops whose server is stopping.
     _open: ClassVar[WeakKeyDictionary[Loop, set["_Exchange"]]] = WeakKeyDictionary()
     _stopping: ClassVar[WeakSet[Loop]] = WeakSet()
+    _handlers: ClassVar[WeakSet[Any]] = WeakSet()  # ours, for signals
 
     def __init__(self, app: ASGIApp, media_types: tuple[str, ...] = ("text/event-stream",)) -> None:
         self.app = app
@@ -264,12 +267,15 @@ class EndStreams:
         loop = asyncio.get_running_loop()
         # With a lifespan a server starts, perhaps not the first one on this loop.
         if scope["type"] == "lifespan" or loop not in self._open:
-            self._open[loop] = set()
+            self._open.setdefault(loop, set())
             self._stopping.discard(loop)
             self._listen_to_signals()
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["asgi"].get("spec_version", "2.0") >= "2.4":
+            # There Starlette counts on `send` to raise, and does not listen for the reader.
+            scope = {**scope, "asgi": {**scope["asgi"], "spec_version": "2.3"}}
         exchange = _Exchange(self, loop, receive, send)
         try:
             await self.app(scope, exchange.receive, exchange.send)
@@ -285,8 +291,9 @@ class EndStreams:
         May be called from any thread, and from a signal handler.
         """
         for reference in cls._open.keyrefs():
-            if (loop := reference()) and not loop.is_closed():
-                loop.call_soon_threadsafe(cls._end_streams, loop)
+            if loop := reference():
+                with suppress(RuntimeError):  # it is closed
+                    loop.call_soon_threadsafe(cls._end_streams, loop)
 
     @classmethod
     def _end_streams(cls, loop: Loop) -> None:
@@ -299,15 +306,19 @@ class EndStreams:
         """Listen to the server's signals too, and pass them on to the handlers that were there."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python runs signal handlers in the main thread only
+        ours = cls._handlers
         for signum in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(signum)
-            if callable(handler):
+            if not callable(handler) or unwrap(handler, stop=ours.__contains__) in ours:
+                continue  # the default, or we listen already
 
-                def stop(signum: int, frame: FrameType | None, handler: Any = handler) -> None:
-                    cls.stop()
-                    handler(signum, frame)
+            @wraps(handler)
+            def stop(signum: int, frame: FrameType | None, handler: Any = handler) -> None:
+                cls.stop()
+                handler(signum, frame)
 
-                signal.signal(signum, stop)
+            ours.add(stop)
+            signal.signal(signum, stop)
 
 
 class _Exchange:
@@ -321,9 +332,10 @@ class _Exchange:
         self.ended = self.complete = False
 
     def end(self) -> None:
-        self.ended = True
-        for task in self.listening:
-            task.cancel()
+        if not self.ended:  # a second signal must not cancel once more
+            self.ended = True
+            for task in self.listening:
+                task.cancel()
 
     async def receive(self) -> Message:
         if self.ended:
@@ -346,7 +358,7 @@ class _Exchange:
         if message["type"] == "http.response.body":
             self.complete = not message.get("more_body")
         elif message["type"] == "http.response.start":
-            headers = Headers(raw=message["headers"])
+            headers = Headers(raw=message.get("headers", []))
             media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
             fixed = "content-length" in headers or "content-encoding" in headers
             if media_type in self.middleware.media_types and not fixed:
