@@ -282,7 +282,7 @@ class EndStreams:
         finally:
             self._open[loop].discard(exchange)
         if exchange.ended and not exchange.complete:
-            await send({"type": "http.response.body"})
+            await exchange.send({"type": "http.response.body"})
 
     @classmethod
     def stop(cls) -> None:
@@ -357,6 +357,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body":
             self.complete = not message.get("more_body")
+        elif message["type"] == "http.response.start" and self.ended:
+            # The MCP SDK answers a reader that it believes gone once more. Nobody must see that.
+            await self.send({"type": "http.response.body"})
+            self._send = _to_nobody
         elif message["type"] == "http.response.start":
             headers = Headers(raw=message.get("headers", []))
             media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -366,6 +370,10 @@ class _Exchange:
                 if self.loop in self.middleware._stopping:
                     self.end()
         await self._send(message)
+
+
+async def _to_nobody(message: Message) -> None:
+    """What a server does with a message when the reader has left."""
 
 
 # 5. The endpoints ---------------------------------------------------------------------------------
