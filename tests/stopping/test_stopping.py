@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, UVICORN, Process, Start, need, wait_for
+from tests.support.processes import ROOT, UVICORN, Process, Start, need, run_python, wait_for
 from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
+from tests.support.stopping import assert_no_error, press_ctrl_c, terminate
 
 READERS = 200
 # How long streams may take to end in a test: on a busy machine not a quarter of a second, but far
@@ -46,16 +46,6 @@ def save_a_file(server: Process) -> None:
         file.write("# saved\n")
 
 
-def press_ctrl_c(server: Process) -> None:
-    """Send SIGINT to everyone in the foreground, once."""
-    server.signal(signal.SIGINT, everyone=True)
-
-
-def terminate(server: Process) -> None:
-    """Send SIGTERM to the process that was started, as systemd and Docker do."""
-    server.signal(signal.SIGTERM)
-
-
 RELOAD = (*UVICORN, "--reload")
 WORKERS = (*UVICORN, "--workers", "2")
 AT_ONCE = ""
@@ -70,10 +60,6 @@ STOPS = {
     "workers, SIGTERM": (WORKERS, terminate, r"([\d.]+) INFO Terminated child process"),
     "python main.py, Ctrl-C": ((sys.executable, "-c", MAIN, "{port}"), press_ctrl_c, AT_ONCE),
 }
-
-
-def assert_no_error(log: str) -> None:
-    assert not re.search("Traceback|ERROR|CRITICAL|Exception", log), log
 
 
 @pytest.mark.parametrize(("command", "stop", "signalled"), STOPS.values(), ids=STOPS.keys())
@@ -145,7 +131,7 @@ def test_every_stream_ends_at_once_and_goes_on(
         server.start()
     for client in clients:
         client.assert_went_on()
-    assert_no_error(server.log)
+    assert_no_error(server)
 
 
 def read_all(port: int, headers: str) -> RawReader:
@@ -235,11 +221,6 @@ def test_new_requests_while_stopping(start: Start) -> None:
     stuck.close()
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
 def test_where_there_is_no_signal_to_take() -> None:
     """In a thread and under TestClient the app streams, and leaves the signals alone."""
     result = run_python("""
@@ -295,52 +276,7 @@ for _ in range(2):
         assert read_until(readers, lambda: sleeping.ended_at, limit=SOON)  # noqa: B023
         assert sleeping.ended_properly
     assert server.wait() == 0
-    assert_no_error(server.log)
-
-
-GRANIAN = "granian --interface asgi --port {port} main:app"
-HYPERCORN = "hypercorn --bind 127.0.0.1:{port} main:app"
-
-
-@pytest.mark.parametrize(
-    ("command", "proper"),
-    [(GRANIAN, True), (f"{HYPERCORN} --workers 0", True), (HYPERCORN, False)],
-    ids=["granian", "hypercorn", "hypercorn with a worker process"],
-)
-def test_other_servers(command: str, proper: bool, start: Start) -> None:
-    """They stream the events live, and stop when asked.
-
-    hypercorn tells its worker processes to stop in a way of its own, not with a signal: there the
-    app notices nothing, and hypercorn cuts the streams off after three seconds.
-    """
-    program, *arguments = command.split()
-    server = start(str(Path(sys.executable).with_name(program)), *arguments)
-    readers = [RawReader(server.port, f"{path}?interval=0.1") for path in FORMATS]
-    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
-    for reader in readers:
-        assert reader.ended_properly
-        assert reader.event_ids == list(range(10))
-        assert reader.arrivals[-1] - reader.arrivals[0] > 0.5  # not all at once
-
-    # A reader that leaves does it no harm, wherever the next event finds out.
-    for path in FORMATS:
-        leaver = RawReader(server.port, f"{path}?interval=0.05")
-        assert read_until([leaver], lambda: leaver.arrivals)  # noqa: B023
-        leaver.reset()
-
-    readers = [RawReader(server.port, f"{path}?interval=10") for path in FORMATS]
-    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
-    moment = time.time()
-    terminate(server)
-    assert read_until(readers, lambda: all(reader.ended_at for reader in readers), limit=9)
-    took = max(reader.ended_at for reader in readers) - moment
-    server.popen.wait(30)
-    print(f"streams ended within {took:.2f} s, the server {time.time() - moment:.2f} s")
-    assert [reader.event_ids for reader in readers] == [[0], [0], [0]]
-    assert [reader.ended_properly for reader in readers] == [proper] * 3
-    if proper:
-        assert took < SOON
-        assert_no_error(server.log)
+    assert_no_error(server)
 
 
 def test_the_table_of_faults_in_short() -> None:

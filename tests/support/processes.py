@@ -138,6 +138,12 @@ Start = Callable[..., Process]
 UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
 
 
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run a program from the project's root to its end."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT * 2)
+
+
 def run_client(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a client to its end; return its exit status, standard output and standard error."""
     return subprocess.run(

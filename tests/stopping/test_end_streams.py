@@ -1,0 +1,356 @@
+"""`EndStreams` before anybody's responses: which end when the server stops, how, and which not."""
+
+import gzip
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, need, run_python
+from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
+from tests.support.stopping import KINDS, Streams, assert_no_error, press_ctrl_c, terminate
+
+UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}", "--no-access-log")
+APP, STACKS = "tests.support.endings:app", "tests.support.endings:stacks"
+
+
+def save_a_file(server: Process) -> None:
+    Path(server.options["cwd"], "saved.py").touch()
+
+
+@pytest.mark.parametrize(
+    ("options", "stop"),
+    [
+        ([], terminate),
+        ([], press_ctrl_c),
+        (["--workers", "2"], terminate),
+        (["--reload"], save_a_file),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "workers", "reload"],
+)
+def test_200_streams_of_each_kind(
+    options: list[str], stop: Callable[[Process], None], start: Start, tmp_path: Path
+) -> None:
+    curl = need("curl", "curl")
+    with many_descriptors(4096):
+        # In a folder of its own, where a saved file reloads no other server.
+        elsewhere = {"cwd": tmp_path, "env": {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}}
+        server = start(*UVICORN, APP, *options, **elsewhere)
+        curls = [
+            subprocess.Popen(
+                [curl, "-sN", f"{server.url}{kind}?reader=curl&interval=0.5"],
+                stdout=subprocess.PIPE,
+            )
+            for kind in KINDS
+        ]
+        streams = Streams(server, KINDS, 200)
+        stop(server)
+        streams.assert_ended_properly()
+    assert [process.wait(LIMIT) for process in curls] == [0, 0, 0, 0]
+    if stop is save_a_file:
+        server.wait_for_log("Application startup complete", count=2)
+    else:
+        server.wait()
+    assert_no_error(server)
+
+
+def test_mounted_and_nested(start: Start) -> None:
+    """In a mounted app, from the outside; and one in the outer app and one in the mounted."""
+    server = start(*UVICORN, APP)
+    streams = Streams(
+        server, [f"{app}{kind}" for app in ("/mounted", "/nested") for kind in KINDS], 4
+    )
+    terminate(server)
+    streams.assert_ended_properly()
+    server.wait()
+    assert_no_error(server)
+
+
+def test_among_other_middlewares(start: Start) -> None:
+    """`@app.middleware("http")` inside and outside of it, or both, gzip, another `EndStreams`."""
+    server = start(*UVICORN, STACKS)
+    stacks = ("/end_http", "/http_end", "/http_end_http", "/end_end", "/end_gzip", "/gzip_end")
+    streams = Streams(server, [f"{stack}{kind}" for stack in stacks for kind in KINDS], 4)
+    terminate(server)
+    streams.assert_ended_properly()
+    server.wait()
+    assert_no_error(server)
+
+
+def read_to_the_end(reader: RawReader) -> None:
+    assert read_until([reader], lambda: reader.ended_at)
+
+
+ALL_LINES = b"".join(b"%d\n" % number for number in range(30))
+
+
+def test_a_compressed_body(start: Start) -> None:
+    """It ends inside of gzip, which then writes its own end; from the outside it is left alone."""
+    server = start(*UVICORN, STACKS)
+    target, gzipped = "/download?media_type=application/x-ndjson", "Accept-Encoding: gzip\r\n"
+    inside = RawReader(server.port, f"/end_gzip{target}&interval=60", gzipped)
+    outside = RawReader(server.port, f"/gzip_end{target}", gzipped)
+    assert read_until([inside, outside], lambda: inside.arrivals and outside.arrivals)
+    terminate(server)
+    for reader, lines in ((inside, b"0\n"), (outside, ALL_LINES)):
+        read_to_the_end(reader)
+        assert reader.ended_properly
+        assert gzip.decompress(reader.body) == lines
+    server.wait()
+    assert_no_error(server)
+
+
+def test_a_download_is_whole(start: Start) -> None:
+    server = start(*UVICORN, APP)
+    downloads = [
+        RawReader(server.port, f"/download?media_type={media_type}")
+        for media_type in ("application/octet-stream", "application/x-ndjson", "text/plain")
+    ]
+    streams = Streams(server, KINDS, 2)
+    assert read_until(downloads, lambda: all(download.arrivals for download in downloads))
+    terminate(server)
+    streams.assert_ended_properly()
+    for download in downloads:
+        read_to_the_end(download)
+        assert download.ended_properly
+        assert download.body == ALL_LINES
+    server.wait()
+    assert_no_error(server)
+
+
+def test_a_download_that_the_server_cuts_looks_cut(start: Start) -> None:
+    """And a reader who never reads holds nothing up for longer than the server allows."""
+    server = start(*UVICORN, APP, "--timeout-graceful-shutdown", "1")
+    never_reads = RawReader(server.port, "/fast")
+    streams = Streams(server, KINDS, 2)
+    with subprocess.Popen(
+        [need("curl", "curl"), "-sN", f"{server.url}/download?interval=5"], stdout=subprocess.PIPE
+    ) as curl:
+        assert curl.stdout
+        assert curl.stdout.read(2) == b"0\n"
+        terminate(server)
+        streams.assert_ended_properly()
+        assert curl.wait(LIMIT) == 18  # "Partial file"
+    server.wait()
+    never_reads.close()
+
+
+def test_a_slow_reader_gets_all_that_was_sent(start: Start) -> None:
+    server = start(*UVICORN, APP)
+    reader = RawReader(server.port, "/fast", receive_buffer=4096)
+    wait_until_idle(server)  # it cannot send any more
+    terminate(server)
+    server.wait_for_log("Waiting for connections to close")
+    read_to_the_end(reader)
+    assert reader.ended_properly
+    event = b"data: %s\n\n" % (b"x" * 10_000)
+    assert reader.body == event * (len(reader.body) // len(event))
+    server.wait()
+    assert_no_error(server)
+
+
+def receive_all(connection: socket.socket) -> bytes:
+    """Return what comes until the connection is closed."""
+    received = b""
+    while data := connection.recv(65536):
+        received += data
+    return received
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["an answer", "a stream"])
+def test_a_request_that_is_half_sent(stream: bool, start: Start) -> None:
+    """It is read to its end and answered. If the answer is a stream, that one ends properly."""
+    server = start(*UVICORN, APP)
+    with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
+        connection.sendall(
+            f"POST /upload?reader=me&stream={stream} HTTP/1.1\r\n"
+            "Host: test\r\nContent-Length: 20\r\n\r\n0123456789".encode()
+        )
+        server.wait_for_log("upload 10")
+        terminate(server)
+        server.wait_for_log("Waiting for connections to close")
+        connection.sendall(b"0123456789")
+        answer = receive_all(connection)
+    server.wait_for_log("upload 20")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"\r\n0\r\n\r\n" if stream else b"\r\n\r\n20 bytes")
+    assert server.log.count("INFO ended me") == 1
+    server.wait()
+    assert_no_error(server)
+
+
+def test_requests_while_stopping(start: Start) -> None:
+    """A stream that begins then is ended at once; or the connection is closed, or refused."""
+    server = start(*UVICORN, APP)
+    kept_alive = []
+    for _ in range(20):
+        connection = socket.create_connection(("127.0.0.1", server.port), LIMIT)
+        connection.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        kept_alive.append(connection)
+    download = RawReader(server.port, "/download")
+    assert read_until([download], lambda: download.arrivals)
+
+    terminate(server)
+    outcomes = []
+    while "refused" not in outcomes:
+        try:
+            if kept_alive:
+                connection = kept_alive.pop()
+            else:
+                connection = socket.create_connection(("127.0.0.1", server.port), LIMIT)
+            with connection:
+                connection.sendall(
+                    b"GET /streaming?reader=late&interval=60 HTTP/1.1\r\n"
+                    b"Host: test\r\nConnection: close\r\n\r\n"
+                )
+                answer = receive_all(connection)
+            assert not answer or answer.endswith(b"\r\n0\r\n\r\n")
+            outcomes.append("answered" if answer else "closed")
+        except ConnectionRefusedError:
+            outcomes.append("refused")
+        except (ConnectionResetError, BrokenPipeError):
+            outcomes.append("closed")
+    print({outcome: outcomes.count(outcome) for outcome in ("answered", "closed", "refused")})
+    read_to_the_end(download)
+    assert download.body == ALL_LINES
+    server.wait()
+    assert_no_error(server)
+
+
+def test_websockets_and_the_lifespan_pass_through(start: Start) -> None:
+    server = start(*UVICORN, APP)
+    with connect(f"ws://127.0.0.1:{server.port}/echo") as websocket:
+        websocket.send("still here")
+        assert websocket.recv(LIMIT) == "still here"
+        terminate(server)
+        with pytest.raises(ConnectionClosed) as closed:
+            websocket.recv(LIMIT)
+        assert closed.value.rcvd
+        assert closed.value.rcvd.code == 1012  # "Service Restart", as uvicorn says it
+    server.wait()
+    assert re.findall("lifespan .*", server.log) == ["lifespan begins", "lifespan ends"]
+    assert_no_error(server)
+
+
+def test_generators_that_raise_or_take_their_time(start: Start) -> None:
+    server = start(*UVICORN, APP)
+    raises = RawReader(server.port, "/raises?reader=raises")
+    read_to_the_end(raises)
+    raises_at_last = RawReader(server.port, "/raises_at_last?reader=raises_at_last")
+    slow = RawReader(server.port, "/slow_to_close?reader=slow")
+    polling = RawReader(server.port, "/polling?reader=polling")
+    readers = [raises_at_last, slow, polling]
+    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+    terminate(server)
+    for reader in readers:
+        read_to_the_end(reader)
+    for reader in (raises, raises_at_last):
+        assert reader.body == b"data: 0\n\n"
+        assert not reader.ended_properly
+    assert slow.ended_properly
+    assert polling.ended_properly
+    server.wait()
+    ends = re.findall("(?:ended|closed) .*", server.log)
+    assert sorted(ends) == ["closed slow", "ended polling", "ended slow"]
+    assert ends.index("closed slow") < ends.index("ended slow")
+    assert re.findall("^RuntimeError: .*", server.log, re.M) == [
+        "RuntimeError: in mid-stream",
+        "RuntimeError: at last",
+    ]
+
+
+# More than one server, or class, in a process; other ways to stop ---------------------------------
+
+
+def test_two_servers_one_after_the_other_on_one_loop(start: Start) -> None:
+    """And the handlers that were there run as if nothing stood before them, and are there again."""
+    code = """
+import asyncio, signal, sys, uvicorn
+signals = []
+handler = lambda signum, frame: signals.append(signum)
+signal.signal(signal.SIGTERM, handler)
+async def main():
+    for _ in range(2):
+        config = uvicorn.Config("tests.support.endings:app", port=int(sys.argv[1]))
+        await uvicorn.Server(config).serve()
+asyncio.run(main())
+assert signals == [signal.SIGTERM] * 2
+assert signal.getsignal(signal.SIGTERM) is handler
+"""
+    server = start(sys.executable, "-c", code, "{port}")
+    for run, prefix in enumerate(("", "/mounted"), start=1):
+        server.wait_for_log("Application startup complete", count=run)
+        server.wait_until_listening()
+        streams = Streams(server, [f"{prefix}{kind}" for kind in KINDS], 2)
+        terminate(server)
+        streams.assert_ended_properly()
+    assert server.wait() == 0
+    assert_no_error(server)
+
+
+def test_a_server_in_a_thread() -> None:
+    """It gets no signals, so its program calls `EndStreams.stop()`; and again for the next one."""
+    result = run_python("""
+import signal, threading, time
+import requests, uvicorn
+from main import EndStreams
+from tests.support.endings import app
+
+def handlers():
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+before = handlers()
+for _ in range(2):
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}/streaming?reader=me&interval=0.05"
+    with requests.get(url, stream=True) as answer:
+        lines = answer.iter_lines()
+        while next(lines) != b"data: 3":
+            pass
+        EndStreams.stop()
+        server.should_exit = True
+        list(lines)  # a body that is cut would raise
+    thread.join()
+    assert handlers() == before
+""")
+    assert result.returncode == 0, result.stderr
+    assert not re.search("Traceback|ERROR", result.stderr), result.stderr
+
+
+def test_the_handlers_of_signals_do_not_pile_up() -> None:
+    """With a loop for each request, as test suites have it, and with two copies of the class."""
+    result = run_python("""
+import asyncio, importlib.util, inspect, signal
+import main
+spec = importlib.util.spec_from_file_location("copied", main.__file__)
+copied = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(copied)
+
+depths = []
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, lambda signum, frame: depths.append(len(inspect.stack())))
+
+async def app(scope, receive, send):
+    pass
+
+both = main.EndStreams(copied.EndStreams(app))
+for _ in range(100):
+    asyncio.run(both({"type": "http", "asgi": {}}, None, None))
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+assert len(depths) == 200, depths
+assert len(set(depths)) == 1, depths
+""")
+    assert result.returncode == 0, result.stderr

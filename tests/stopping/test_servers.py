@@ -1,0 +1,98 @@
+"""Other servers than uvicorn: they stream live, and `EndStreams` ends the streams as they stop."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Process, Start
+from tests.support.raw_reader import FORMATS, RawReader, event_ids, read_until
+from tests.support.stopping import KINDS, Streams, assert_no_error, press_ctrl_c, terminate
+
+GUNICORN_UVICORN = "gunicorn -k uvicorn_worker.UvicornWorker -w 2 -b 127.0.0.1:{port}"
+GUNICORN_ASGI = "gunicorn -k asgi -w 2 -b 127.0.0.1:{port}"
+HYPERCORN = "hypercorn --bind 127.0.0.1:{port} --graceful-timeout"
+GRANIAN = "granian --interface asgi --workers 2 --port {port}"
+
+
+def start_server(start: Start, command: str) -> Process:
+    program, *arguments = command.split()
+    return start(
+        str(Path(sys.executable).with_name(program)), *arguments, "tests.support.endings:app"
+    )
+
+
+def assert_live(server: Process) -> None:
+    """Each event of main.py's streams comes when it is made; who leaves does no harm."""
+    readers = [RawReader(server.port, f"/main{path}?interval=0.1") for path in FORMATS]
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    for path, reader in zip(FORMATS, readers, strict=True):
+        assert reader.ended_properly
+        assert event_ids(path, bytes(reader.body)) == list(range(10))
+        assert reader.arrivals[-1] - reader.arrivals[0] > 0.5  # not all at once
+
+    leavers = [RawReader(server.port, f"/main{path}?interval=0.05") for path in FORMATS]
+    assert read_until(leavers, lambda: all(leaver.arrivals for leaver in leavers))
+    for leaver in leavers:
+        leaver.reset()
+
+
+def begin_download(server: Process, interval: float = 0.1) -> RawReader:
+    """30 lines, one each `interval` seconds."""
+    download = RawReader(server.port, f"/download?interval={interval}")
+    assert read_until([download], lambda: download.arrivals)
+    return download
+
+
+def assert_ends(download: RawReader, properly: bool) -> None:
+    assert read_until([download], lambda: download.ended_at)
+    assert download.ended_properly == properly
+
+
+@pytest.mark.parametrize(
+    ("command", "stop"),
+    [
+        (GUNICORN_UVICORN, terminate),
+        (GUNICORN_UVICORN, press_ctrl_c),
+        (GUNICORN_ASGI, terminate),
+        (f"{HYPERCORN} 60 --workers 0", terminate),
+        (f"{HYPERCORN} 60 --workers 0", press_ctrl_c),
+        (GRANIAN, terminate),
+        (GRANIAN, press_ctrl_c),
+    ],
+)
+def test_streams_end_properly_and_downloads_are_whole(
+    command: str, stop: Callable[[Process], None], start: Start
+) -> None:
+    server = start_server(start, command)
+    assert_live(server)
+    download = begin_download(server)
+    streams = Streams(server, KINDS, 6)
+    stop(server)
+    streams.assert_ended_properly()
+    assert_ends(download, properly=True)
+    server.wait()
+    assert_no_error(server)
+
+
+def test_gunicorns_own_worker_waits_for_nothing_after_ctrl_c(start: Start) -> None:
+    """It looks once a second, so that most streams have ended before; a download is cut."""
+    server = start_server(start, GUNICORN_ASGI)
+    download = begin_download(server, 10)
+    press_ctrl_c(server)
+    assert_ends(download, properly=False)
+    server.wait()
+
+
+def test_hypercorns_worker_processes_cut_streams(start: Start) -> None:
+    """They are stopped by an event that they share, not by a signal: the app sees nothing."""
+    server = start_server(start, f"{HYPERCORN} 1 --workers 1")
+    assert_live(server)
+    download = begin_download(server, 10)
+    streams = Streams(server, KINDS, 2)
+    terminate(server)
+    streams.read_until(lambda reader: reader.ended_at)
+    assert not any(reader.ended_properly for reader in streams.readers.values())
+    assert_ends(download, properly=False)
+    server.wait()
