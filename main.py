@@ -273,9 +273,10 @@ class EndStreams:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["asgi"].get("spec_version", "2.0") >= "2.4":
+        asgi = scope.get("asgi", {})
+        if asgi.get("spec_version", "2.0") >= "2.4":
             # There Starlette counts on `send` to raise, and does not listen for the reader.
-            scope = {**scope, "asgi": {**scope["asgi"], "spec_version": "2.3"}}
+            scope = {**scope, "asgi": {**asgi, "spec_version": "2.3"}}
         exchange = _Exchange(self, loop, receive, send)
         try:
             await self.app(scope, exchange.receive, exchange.send)

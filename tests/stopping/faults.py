@@ -1,7 +1,8 @@
-"""Make the table of faults: what gets lost and what comes twice, here and with what others offer.
+"""Make the tables of faults: what gets lost and what comes twice, here and with what others offer.
 
-Run `python -m tests.stopping.faults`: a quarter of an hour. It prints a Markdown table.
-All servers run on the same uvicorn, one after the other, and get the same readers and faults.
+Run `python -m tests.stopping.faults`: twenty minutes. It prints two Markdown tables: of main.py and
+the others, and of the others with `EndStreams` in front, for the faults by which a server is asked
+to stop. All run on the same uvicorn, one after the other, and get the same readers and faults.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import asyncio
 import itertools
 import json
 import logging
-import shutil
 import signal
 import sys
 import tempfile
@@ -24,18 +24,32 @@ import aiohttp
 
 import client_async
 import client_sync
-from tests.support.processes import LOG_CONFIG, ROOT, Process, free_port, wait_for
+from tests.support.processes import ENVIRONMENT, LOG_CONFIG, ROOT, Process, free_port, wait_for
 from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
 
 PATIENCE = 60.0  # seconds that a reader tries to get what is missing
 
-# The servers: the file, the app in it, the path of the stream.
+
+@dataclass(frozen=True)
+class Served:
+    """What uvicorn serves."""
+
+    app: str
+    path: str = "/stream"
+    ended: bool = False  # with EndStreams in front
+
+
 OURS = "main.py"
 SERVERS = {
-    OURS: (ROOT / "main.py", "app", "/sse"),
-    "sse-starlette": (ROOT / "tests/support/others.py", "sse_starlette", "/stream"),
-    "EventSourceResponse": (ROOT / "tests/support/others.py", "event_source_response", "/stream"),
-    "StreamingResponse": (ROOT / "tests/support/others.py", "streaming_response", "/stream"),
+    OURS: Served("main:app", "/sse"),
+    "sse-starlette": Served("tests.support.others:sse_starlette"),
+    "EventSourceResponse": Served("tests.support.others:event_source_response"),
+    "StreamingResponse": Served("tests.support.others:streaming_response"),
+}
+ENDED = {
+    "sse-starlette": Served("tests.support.others:sse_starlette", ended=True),
+    "EventSourceResponse": Served("tests.support.others:event_source_response", ended=True),
+    "StreamingResponse, SSE by hand": Served("tests.support.others:sse_by_hand", ended=True),
 }
 
 
@@ -105,8 +119,7 @@ class Reader:
 
 
 def save_a_file(server: Process) -> None:
-    with Path(server.options["cwd"], server.command[3].partition(":")[0] + ".py").open("a") as file:
-        file.write("# saved\n")
+    Path(server.options["cwd"], "saved.py").touch()
     server.wait_for_log("Application startup complete", count=2)
 
 
@@ -165,25 +178,24 @@ class Result:
         return f"{counts}, {self.cut} cut off; {self.took:.1f} s"
 
 
-def start(name: str, folder: Path, *options: str) -> Process:
+def start(served: Served, folder: Path, *options: str) -> Process:
     """Start a server in a folder of its own, in which a file can be saved."""
-    file, app, _ = SERVERS[name]
-    folder.mkdir()
-    shutil.copy(file, folder)
-    shutil.copytree(ROOT / "page", folder / "page")
     (folder / "log.json").write_text(json.dumps(LOG_CONFIG))
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", f"{file.stem}:{app}", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", served.app, "--port", str(port)]
     command += ["--no-access-log", "--log-config", "log.json", *options]
-    return Process(command, folder / "server.log", port, cwd=folder)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    if served.ended:
+        environment["END_STREAMS"] = "1"
+    return Process(command, folder / "server.log", port, cwd=folder, env=environment)
 
 
-async def strike_in_mid_stream(name: str, fault: Fault, readers: int, result: Result) -> None:
+async def strike_in_mid_stream(served: Served, fault: Fault, readers: int, result: Result) -> None:
     """Let the readers read, strike, start the server again if it is down; add up what came."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(readers) as threads:
-        server = start(name, Path(folder, "app"), *fault.options)
+        server = start(served, Path(folder), *fault.options)
         try:
-            path = SERVERS[name][2]
+            path = served.path
             if fault.stuck:
                 stuck = RawReader(server.port, f"{path}?steps=100000&interval=0")
                 wait_until_idle(server)
@@ -197,7 +209,7 @@ async def strike_in_mid_stream(name: str, fault: Fault, readers: int, result: Re
                 lambda reader: asyncio.ensure_future(reader.read_with_client_async()),
                 lambda reader: loop.run_in_executor(threads, reader.read_with_client_sync),
             ]
-            way = itertools.cycle(ways if name == OURS else ways[:1])
+            way = itertools.cycle(ways if served is SERVERS[OURS] else ways[:1])
             reading = [next(way)(reader) for reader in crowd]
             await asyncio.to_thread(
                 wait_for, lambda: all(reader.arrived for reader in crowd), "the first events"
@@ -223,13 +235,12 @@ async def strike_in_mid_stream(name: str, fault: Fault, readers: int, result: Re
     result.cut += sum(reader.cut for reader in crowd)
 
 
-def vanish(name: str, readers: int) -> float:
+def vanish(served: Served, readers: int) -> float:
     """Let readers vanish in three ways; return how long, at most, until their generators ended."""
     took = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        server = start(name, Path(folder, "app"))
+        server = start(served, Path(folder))
         try:
-            path = SERVERS[name][2]
             for wave, (way, query) in enumerate(
                 [
                     ("close", "interval=10"),
@@ -237,7 +248,7 @@ def vanish(name: str, readers: int) -> float:
                     ("vanish", "steps=1000&interval=1"),
                 ]
             ):
-                crowd = [RawReader(server.port, f"{path}?{query}") for _ in range(readers)]
+                crowd = [RawReader(server.port, f"{served.path}?{query}") for _ in range(readers)]
                 read_until(crowd, lambda: all(reader.arrivals for reader in crowd))  # noqa: B023
                 vanished_at = time.monotonic()
                 for reader in crowd:
@@ -256,9 +267,14 @@ def print_row(*cells: object) -> None:
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
+def print_head(*cells: str) -> None:
+    print_row(*cells)
+    print_row(*["---"] * len(cells))
+
+
 def main() -> int:
-    """Print the table; return 1 if we lost an event, sent one twice, or cut a stream off."""
-    parser = argparse.ArgumentParser(description="Make the table of faults.")
+    """Print the tables; return 1 if main.py or `EndStreams` lost, doubled or cut off anything."""
+    parser = argparse.ArgumentParser(description="Make the tables of faults.")
     parser.add_argument("--readers", type=int, default=200)
     parser.add_argument("--tries", type=int, default=3)
     parser.add_argument("--vanishing", type=int, default=1000, help="0: leave it out")
@@ -268,26 +284,38 @@ def main() -> int:
     logging.disable(logging.WARNING)  # the clients tell of each loss
     names = [OURS] if arguments.ours else list(SERVERS)
     faults = [fault for fault in FAULTS if arguments.only in fault.name]
-    failed = False
+    faulty = False
 
-    print_row("fault", "times tried", "lost", "doubled", *names[1:])
-    print_row(*["---"] * (len(names) + 3))
+    def strike_all(fault: Fault, all_served: list[Served]) -> list[Result]:
+        results = [Result() for _ in all_served]
+        for _ in range(arguments.tries):
+            for served, result in zip(all_served, results, strict=True):
+                asyncio.run(strike_in_mid_stream(served, fault, arguments.readers, result))
+        return results
+
     with many_descriptors(4096):
+        print_head("fault", "times tried", "lost", "doubled", *names[1:])
         for fault in faults:
-            results = {name: Result() for name in names}
-            for _ in range(arguments.tries):
-                for name in names:
-                    asyncio.run(strike_in_mid_stream(name, fault, arguments.readers, results[name]))
-            ours, *others = results.values()
+            ours, *others = strike_all(fault, [SERVERS[name] for name in names])
             cut_by_us = ours.cut if fault.strike is not pull_the_plug else 0
-            failed = failed or bool(ours.lost or ours.doubled or cut_by_us)
+            faulty = faulty or bool(ours.lost or ours.doubled or cut_by_us)
             tried = f"{ours.tried} streams; {ours.took:.1f} s"
             print_row(fault.name, tried, ours.lost, ours.doubled, *others)
         if arguments.vanishing:
-            seconds = [f"{vanish(name, arguments.vanishing):.1f} s" for name in names]
+            seconds = [f"{vanish(SERVERS[name], arguments.vanishing):.1f} s" for name in names]
             tried = f"{3 * arguments.vanishing} readers; {seconds[0]}"
             print_row(VANISH, tried, "–", "–", *seconds[1:])
-    return int(failed)
+
+        if not arguments.ours:
+            print()
+            print_head("fault", "times tried", *ENDED)
+            for fault in faults:
+                if fault.strike is pull_the_plug:
+                    continue  # nothing can end then
+                results = strike_all(fault, list(ENDED.values()))
+                faulty = faulty or any(each.lost or each.doubled or each.cut for each in results)
+                print_row(fault.name, f"{results[0].tried} streams", *results)
+    return int(faulty)
 
 
 if __name__ == "__main__":

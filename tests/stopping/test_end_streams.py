@@ -40,8 +40,8 @@ def test_200_streams_of_each_kind(
     curl = need("curl", "curl")
     with many_descriptors(4096):
         # In a folder of its own, where a saved file reloads no other server.
-        elsewhere = {"cwd": tmp_path, "env": {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}}
-        server = start(*UVICORN, APP, *options, **elsewhere)
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        server = start(*UVICORN, APP, *options, cwd=tmp_path, env=environment)
         curls = [
             subprocess.Popen(
                 [curl, "-sN", f"{server.url}{kind}?reader=curl&interval=0.5"],
@@ -49,6 +49,9 @@ def test_200_streams_of_each_kind(
             )
             for kind in KINDS
         ]
+        for process in curls:
+            assert process.stdout
+            assert process.stdout.read(1)
         streams = Streams(server, KINDS, 200)
         stop(server)
         streams.assert_ended_properly()
@@ -126,7 +129,7 @@ def test_a_download_is_whole(start: Start) -> None:
 
 def test_a_download_that_the_server_cuts_looks_cut(start: Start) -> None:
     """And a reader who never reads holds nothing up for longer than the server allows."""
-    server = start(*UVICORN, APP, "--timeout-graceful-shutdown", "1")
+    server = start(*UVICORN, APP, "--timeout-graceful-shutdown", "3")
     never_reads = RawReader(server.port, "/fast")
     streams = Streams(server, KINDS, 2)
     with subprocess.Popen(
@@ -181,45 +184,6 @@ def test_a_request_that_is_half_sent(stream: bool, start: Start) -> None:
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert answer.endswith(b"\r\n0\r\n\r\n" if stream else b"\r\n\r\n20 bytes")
     assert server.log.count("INFO ended me") == 1
-    server.wait()
-    assert_no_error(server)
-
-
-def test_requests_while_stopping(start: Start) -> None:
-    """A stream that begins then is ended at once; or the connection is closed, or refused."""
-    server = start(*UVICORN, APP)
-    kept_alive = []
-    for _ in range(20):
-        connection = socket.create_connection(("127.0.0.1", server.port), LIMIT)
-        connection.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: test\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
-        kept_alive.append(connection)
-    download = RawReader(server.port, "/download")
-    assert read_until([download], lambda: download.arrivals)
-
-    terminate(server)
-    outcomes = []
-    while "refused" not in outcomes:
-        try:
-            if kept_alive:
-                connection = kept_alive.pop()
-            else:
-                connection = socket.create_connection(("127.0.0.1", server.port), LIMIT)
-            with connection:
-                connection.sendall(
-                    b"GET /streaming?reader=late&interval=60 HTTP/1.1\r\n"
-                    b"Host: test\r\nConnection: close\r\n\r\n"
-                )
-                answer = receive_all(connection)
-            assert not answer or answer.endswith(b"\r\n0\r\n\r\n")
-            outcomes.append("answered" if answer else "closed")
-        except ConnectionRefusedError:
-            outcomes.append("refused")
-        except (ConnectionResetError, BrokenPipeError):
-            outcomes.append("closed")
-    print({outcome: outcomes.count(outcome) for outcome in ("answered", "closed", "refused")})
-    read_to_the_end(download)
-    assert download.body == ALL_LINES
     server.wait()
     assert_no_error(server)
 

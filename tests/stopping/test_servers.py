@@ -10,10 +10,13 @@ from tests.support.processes import Process, Start
 from tests.support.raw_reader import FORMATS, RawReader, event_ids, read_until
 from tests.support.stopping import KINDS, Streams, assert_no_error, press_ctrl_c, terminate
 
-GUNICORN_UVICORN = "gunicorn -k uvicorn_worker.UvicornWorker -w 2 -b 127.0.0.1:{port}"
-GUNICORN_ASGI = "gunicorn -k asgi -w 2 -b 127.0.0.1:{port}"
+# Each has one worker: a second one may not be up yet, and gunicorn and granian stop such a one late
+# or never.
+GUNICORN = "gunicorn --no-control-socket --bind 127.0.0.1:{port} --worker-class"
+GUNICORN_UVICORN = f"{GUNICORN} uvicorn_worker.UvicornWorker"
+GUNICORN_ASGI = f"{GUNICORN} asgi"
 HYPERCORN = "hypercorn --bind 127.0.0.1:{port} --graceful-timeout"
-GRANIAN = "granian --interface asgi --workers 2 --port {port}"
+GRANIAN = "granian --interface asgi --port {port}"
 
 
 def start_server(start: Start, command: str) -> Process:
@@ -61,6 +64,7 @@ def assert_ends(download: RawReader, properly: bool) -> None:
         (GRANIAN, terminate),
         (GRANIAN, press_ctrl_c),
     ],
+    ids=lambda value: value.split(" --")[0] if isinstance(value, str) else value.__name__,
 )
 def test_streams_end_properly_and_downloads_are_whole(
     command: str, stop: Callable[[Process], None], start: Start

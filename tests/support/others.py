@@ -1,11 +1,13 @@
 """What others offer for the same stream, each used as its documentation shows: for faults.py.
 
-Each is an app of its own with one endpoint, `/stream?steps=10&interval=1.0`.
+Each is an app of its own with one endpoint, `/stream?steps=10&interval=1.0`. With END_STREAMS in
+the environment, those that can be resumed have `EndStreams` in front.
 """
 
 import asyncio
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterable
 from typing import Annotated
 
@@ -13,6 +15,8 @@ from fastapi import FastAPI, Header, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sse_starlette import EventSourceResponse as SSEStarletteResponse
+
+from main import EndStreams
 
 logger = logging.getLogger(__name__)
 
@@ -78,3 +82,23 @@ async def with_streaming_response(steps: int = 10, interval: float = 1.0) -> Res
             yield json.dumps(event) + "\n"
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+# The same as server-sent events, which can be resumed, and so may be ended early.
+sse_by_hand = FastAPI()
+
+
+@sse_by_hand.get("/stream")
+async def with_sse_by_hand(
+    steps: int = 10, interval: float = 1.0, last_event_id: LastEventID = None
+) -> Response:
+    async def frames() -> AsyncGenerator[str]:
+        async for event in generate_events(after(last_event_id), steps, interval):
+            yield f"id: {event['event_id']}\ndata: {json.dumps(event)}\n\n"
+
+    return StreamingResponse(frames(), media_type="text/event-stream")
+
+
+if "END_STREAMS" in os.environ:
+    for app in (sse_starlette, event_source_response, sse_by_hand):
+        app.add_middleware(EndStreams)

@@ -29,7 +29,7 @@ LOG_CONFIG = {
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
     "loggers": {
         name: {"handlers": ["stderr"], "level": level}
-        for name, level in {"uvicorn": "INFO", "main": "DEBUG", "others": "DEBUG"}.items()
+        for name, level in {"uvicorn": "INFO", "main": "DEBUG", "tests": "DEBUG"}.items()
     },
 }
 

@@ -27,10 +27,12 @@ def assert_no_error(server: Process) -> None:
 class Streams:
     """Endless streams, half of them busy, half asleep for a minute after their first event.
 
-    A sync generator cannot be woken: it sleeps in a thread, and its stream ends when it wakes up.
-    So none of them is asleep. They are not seen to close either: Starlette lets them go, and Python
-    closes them when it collects them, as when a reader leaves. (So it does with an async one that
-    is just at its `yield`, but not with one that sleeps.)
+    A sync generator in `time.sleep` cannot be woken: its stream ends when it wakes up by itself. So
+    none of them is asleep.
+
+    Whose generator is asleep in an `await`, as most are, is seen to be closed before its body ends.
+    Starlette and FastAPI only drop one that stands at its `yield`, which a sync generator always
+    does in the end: Python closes it when it collects it. So it is when a reader leaves.
     """
 
     def __init__(self, server: Process, paths: Iterable[str], count: int) -> None:
