@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Response
 from watchfiles import Change, awatch
 
 from main import SSE, EndStreams, LastEventID, Stream
@@ -242,7 +242,7 @@ app = FastAPI(title="Tail", lifespan=lifespan)
 app.add_middleware(EndStreams)
 
 
-@app.get("/log", response_class=Stream)
+@app.get("/log", response_class=Response, responses={200: {"content": {SSE: {}}}})
 async def log(
     lines: Annotated[int, Query(ge=0, le=1000, description="How many of the last lines.")] = 10,
     last_event_id: LastEventID = None,

@@ -93,9 +93,9 @@ def get(server: Process, target: str) -> requests.Response:
 
 
 def slow_reader(server: Process, target: str) -> RawReader:
-    """A reader who has read a little, and reads no more until it is told to."""
+    """A reader who has some of the rows, and reads no more until it is told to."""
     reader = RawReader(server.port, target, receive_buffer=4096)
-    assert read_until([reader], lambda: reader.body)
+    assert read_until([reader], lambda: len(reader.body) > 10_000)
     return reader
 
 
