@@ -219,7 +219,7 @@ def write_a_line() -> None:
     if LOG.exists() and LOG.stat().st_size > 1_000_000:
         LOG.replace(LOG.with_suffix(".log.1"))
     with LOG.open("a") as log:
-        log.write(f"{datetime.now():%H:%M:%S.%f} all is well\n")
+        log.write(f"{datetime.now().time().isoformat('milliseconds')} all is well\n")
 
 
 async def write_a_line_a_second() -> None:

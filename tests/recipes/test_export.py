@@ -23,6 +23,7 @@ from recipes.export import fill
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, free_port, wait_for
 from tests.support.raw_reader import RawReader, read_until
+from tests.support.readme import Readme
 
 ROWS = 200_000  # more than the kernel keeps between a server and a reader who does not read
 CUSTOMERS = ("Zoë ☕", "Müller, Söhne & Co", "山田太郎", 'Jack "Mac" O\'Neill')
@@ -229,6 +230,20 @@ def test_the_server_is_killed(start: Start, sqlite_url: str, path: str, tmp_path
     assert reader.wait(LIMIT) in (18, 56)
     server.start()
     assert go_on(server, path, file.read_bytes()) == rows_after(path, 0)
+
+
+def test_a_reader_that_goes_on(start: Start, sqlite_url: str) -> None:
+    command, environment = recipe(sqlite_url)
+    server = start(*command, env=environment)
+    program: dict[str, Any] = {}
+    exec(Readme("recipes/README.md").tested("a reader that goes on"), program)
+    orders = program["read_orders"](f"{server.url}/orders.ndjson")
+    rows = [tuple(next(orders).values())]
+    server.kill()
+    with ThreadPoolExecutor() as threads:
+        threads.submit(server.start)
+        rows += [tuple(order.values()) for order in orders]
+    assert rows == rows_after("/orders.ndjson", 0)
 
 
 def test_the_server_is_asked_to_stop_and_waits(start: Start, sqlite_url: str) -> None:

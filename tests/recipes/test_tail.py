@@ -393,10 +393,12 @@ def test_a_log_that_is_not_there_yet_nor_its_directory(log: Path, read: Read) ->
 def test_a_name_that_is_no_utf_8_next_to_the_log(log: Path, read: Read) -> None:
     reader = read()
     Path(os.fsdecode(os.fsencode(log.parent) + b"/\xff")).touch()
-    append(log, "one\n")
-    reader.wait_for("one")
-    append(log, "two\n")
-    reader.wait_for("one", "two")
+    lines = [f"line {i}" for i in range(6)]
+    for line in lines:
+        append(log, f"{line}\n")
+        reader.wait_for(line)
+    # Without a watch each line would be seen only after a silence of 10 seconds.
+    assert sum(event.type == "comment" for event in reader.events) < len(lines) - 1
 
 
 @pytest.mark.parametrize("how", ["create", "copytruncate"])
@@ -482,6 +484,17 @@ def test_a_reader_hears_in_the_silence_that_the_stream_is_alive(read: Read) -> N
     assert read().wait_for("keep-alive") == [Event("comment", "keep-alive", None)]
 
 
+def test_what_inotify_does_not_tell_is_seen_all_the_same(log: Path, read: Read) -> None:
+    reader = read()
+    append(log, "one\n")
+    reader.wait_for("one")
+    other_name = log.parent.parent / "other"  # in a directory that nobody watches
+    other_name.unlink(missing_ok=True)
+    other_name.hardlink_to(log)
+    append(other_name, "two\n")
+    wait_for(lambda: reader.lines == ["one", "two"], "the second line")
+
+
 def test_the_server_is_asked_to_stop(server: Process, log: Path, read: Read) -> None:
     append(log, "one\n")
     readers = [read("?lines=1") for _ in range(5)]
@@ -496,9 +509,14 @@ def test_the_server_is_asked_to_stop(server: Process, log: Path, read: Read) -> 
     assert "ERROR" not in server.log
 
 
-def test_a_log_that_cannot_be_read(log: Path, read: Read) -> None:
-    log.mkdir()
+@pytest.mark.parametrize(
+    ("make", "why"), [(Path.mkdir, "Is a directory"), (os.mkfifo, "Illegal seek")]
+)
+def test_a_log_that_cannot_be_read(
+    log: Path, read: Read, make: Callable[[Path], None], why: str
+) -> None:
+    make(log)
     reader = read()
     reader.wait_for_end()
     assert reader.raw.ended_properly
-    assert reader.events == [Event("failed", "The log cannot be read: Is a directory.", None)]
+    assert reader.events == [Event("failed", f"The log cannot be read: {why}.", None)]
