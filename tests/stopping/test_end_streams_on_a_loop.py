@@ -271,6 +271,21 @@ def test_which_responses_are_ended(messages: list[Message], ended: bool) -> None
     on_a_loop(main)
 
 
+def test_an_app_that_ends_its_body_by_itself() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Listener()(scope, receive, send)
+        await send({"type": "http.response.body", "body": b"data: bye\n\n"})
+
+    async def main() -> None:
+        server = Server(EndStreams(app))
+        running = await begin(server)
+        EndStreams.stop()
+        await running
+        assert server.ends == 1
+
+    on_a_loop(main)
+
+
 @pytest.mark.parametrize("more_body", [False, True])
 def test_an_app_that_answers_twice(more_body: bool) -> None:
     """The MCP SDK's SSE transport does; what is built on it may even send a JSON `null`."""

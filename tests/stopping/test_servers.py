@@ -13,14 +13,18 @@ from tests.support.stopping import KINDS, Streams, assert_no_error, press_ctrl_c
 # Each has one worker: a second one may not be up yet, and gunicorn and granian stop such a one late
 # or never.
 GUNICORN = "gunicorn --no-control-socket --bind 127.0.0.1:{port} --worker-class"
-GUNICORN_UVICORN = f"{GUNICORN} uvicorn_worker.UvicornWorker"
-GUNICORN_ASGI = f"{GUNICORN} asgi"
 HYPERCORN = "hypercorn --bind 127.0.0.1:{port} --graceful-timeout"
-GRANIAN = "granian --interface asgi --port {port}"
+SERVERS = {
+    "gunicorn, uvicorn-worker": f"{GUNICORN} uvicorn_worker.UvicornWorker",
+    "gunicorn, asgi": f"{GUNICORN} asgi",
+    "hypercorn": f"{HYPERCORN} 60 --workers 0",
+    "hypercorn, a worker process": f"{HYPERCORN} 1 --workers 1",
+    "granian": "granian --interface asgi --port {port}",
+}
 
 
-def start_server(start: Start, command: str) -> Process:
-    program, *arguments = command.split()
+def start_server(start: Start, name: str) -> Process:
+    program, *arguments = SERVERS[name].split()
     return start(
         str(Path(sys.executable).with_name(program)), *arguments, "tests.support.endings:app"
     )
@@ -54,22 +58,21 @@ def assert_ends(download: RawReader, properly: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "stop"),
+    ("name", "stop"),
     [
-        (GUNICORN_UVICORN, terminate),
-        (GUNICORN_UVICORN, press_ctrl_c),
-        (GUNICORN_ASGI, terminate),
-        (f"{HYPERCORN} 60 --workers 0", terminate),
-        (f"{HYPERCORN} 60 --workers 0", press_ctrl_c),
-        (GRANIAN, terminate),
-        (GRANIAN, press_ctrl_c),
+        ("gunicorn, uvicorn-worker", terminate),
+        ("gunicorn, uvicorn-worker", press_ctrl_c),
+        ("gunicorn, asgi", terminate),
+        ("hypercorn", terminate),
+        ("hypercorn", press_ctrl_c),
+        ("granian", terminate),
+        ("granian", press_ctrl_c),
     ],
-    ids=lambda value: value.split(" --")[0] if isinstance(value, str) else value.__name__,
 )
 def test_streams_end_properly_and_downloads_are_whole(
-    command: str, stop: Callable[[Process], None], start: Start
+    name: str, stop: Callable[[Process], None], start: Start
 ) -> None:
-    server = start_server(start, command)
+    server = start_server(start, name)
     assert_live(server)
     download = begin_download(server)
     streams = Streams(server, KINDS, 6)
@@ -82,7 +85,7 @@ def test_streams_end_properly_and_downloads_are_whole(
 
 def test_gunicorns_own_worker_waits_for_nothing_after_ctrl_c(start: Start) -> None:
     """It looks once a second, so that most streams have ended before; a download is cut."""
-    server = start_server(start, GUNICORN_ASGI)
+    server = start_server(start, "gunicorn, asgi")
     download = begin_download(server, 10)
     press_ctrl_c(server)
     assert_ends(download, properly=False)
@@ -91,7 +94,7 @@ def test_gunicorns_own_worker_waits_for_nothing_after_ctrl_c(start: Start) -> No
 
 def test_hypercorns_worker_processes_cut_streams(start: Start) -> None:
     """They are stopped by an event that they share, not by a signal: the app sees nothing."""
-    server = start_server(start, f"{HYPERCORN} 1 --workers 1")
+    server = start_server(start, "hypercorn, a worker process")
     assert_live(server)
     download = begin_download(server, 10)
     streams = Streams(server, KINDS, 2)
