@@ -1,0 +1,139 @@
+// Starts a task and follows it. This page remembers nothing: the id is in the address, and the server
+// knows the rest.
+
+const [form, parts, seconds, start, cancel, status, card, bar, done, left] = [
+  "new", "parts", "seconds", "start", "cancel", "status", "task", "bar", "done", "left",
+].map((id) => document.getElementById(id));
+
+const AGAIN = 2000; // milliseconds until the next try where there was no answer
+
+let view = 0; // counts what was shown: an answer for an earlier view is too late
+let source = null; // of the task that is shown
+let running = null; // the id of the task that can be cancelled
+
+const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const time = (s) => (s < 90 ? `${Math.ceil(s)} s` : `${Math.ceil(s / 60)} min`);
+const setDisabled = (button, disabled) => button.setAttribute("aria-disabled", String(disabled));
+
+function say(sentence, state = "") {
+  status.textContent = sentence;
+  status.dataset.state = state;
+}
+
+// Ask until there is a whole answer: a server that is down or without its database comes back.
+async function ask(path, options, isWanted) {
+  while (isWanted()) {
+    try {
+      const response = await fetch(path, options);
+      if (response.status < 500) {
+        return { ok: response.ok, answer: await response.json() };
+      }
+    } catch {
+      // No connection, or one that was cut.
+    }
+    say("The server does not answer. Trying again…", "failed");
+    await sleep(AGAIN);
+  }
+  return {};
+}
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (start.getAttribute("aria-disabled") === "true") {
+    return;
+  }
+  setDisabled(start, true);
+  say("Starting…");
+  const task = { parts: Number(parts.value), seconds: Number(seconds.value) };
+  // The same key for each try: if only the answer was lost, the task is not started twice.
+  const key = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
+  const options = { method: "POST", headers, body: JSON.stringify(task) };
+  const { ok, answer } = await ask("tasks", options, () => true);
+  setDisabled(start, false);
+  if (ok) {
+    location.hash = answer.task_id; // which shows it
+  } else {
+    say(answer.detail.map(({ loc, msg }) => `${loc.at(-1)}: ${msg}.`).join(" "), "failed");
+  }
+});
+
+cancel.addEventListener("click", async () => {
+  const id = running;
+  if (id) {
+    say("It stops before its next part.");
+    await ask(`tasks/${id}`, { method: "DELETE" }, () => running === id);
+  }
+});
+
+function setRunning(id) {
+  running = id;
+  setDisabled(cancel, !id);
+}
+
+function show() {
+  const id = location.hash.slice(1);
+  const mine = ++view;
+  source?.close();
+  setRunning(null);
+  card.hidden = true;
+  say(id ? "Looking for the task…" : "No task yet.");
+  if (id) {
+    follow(id, () => mine === view);
+  }
+}
+
+async function follow(id, isShown) {
+  const path = `tasks/${encodeURIComponent(id)}`;
+  const { ok, answer: first } = await ask(path, {}, isShown);
+  if (!isShown()) {
+    return;
+  }
+  if (!ok) {
+    say("There is no such task.", "failed");
+    return;
+  }
+  const looking = performance.now();
+
+  function draw(task) {
+    bar.max = task.parts;
+    bar.value = task.done;
+    done.textContent = `${task.done} of ${task.parts} parts`;
+    // At the pace of the parts since this page looks on.
+    const pace = (performance.now() - looking) / 1000 / (task.done - first.done);
+    const isKnown = task.done > first.done && task.done < task.parts;
+    left.textContent = isKnown ? `${time(pace * (task.parts - task.done))} left` : "";
+  }
+
+  draw(first);
+  card.hidden = false;
+  setRunning(id);
+  source = new EventSource(`${path}/events`);
+  source.onopen = () => say("Running.");
+  source.onmessage = ({ data }) => draw(JSON.parse(data));
+  source.addEventListener("end", ({ data }) => {
+    source.close();
+    setRunning(null);
+    const task = JSON.parse(data);
+    draw(task);
+    const parts = `${task.done} of ${task.parts} parts`;
+    if (task.status === "done") {
+      say(`Done, after ${task.result.seconds} seconds of work.`, "done");
+    } else if (task.status === "cancelled") {
+      say(`Cancelled after ${parts}.`);
+    } else {
+      say(`Failed after ${parts}: ${task.error}`, "failed");
+    }
+  });
+  source.onerror = async () => {
+    say("The connection is lost, the task goes on. Trying again…", "failed");
+    // Answered with an error (a proxy's 502, our 503) an EventSource gives up for ever.
+    if (source.readyState === EventSource.CLOSED) {
+      await sleep(AGAIN);
+      follow(id, isShown);
+    }
+  };
+}
+
+window.addEventListener("hashchange", show);
+show();
