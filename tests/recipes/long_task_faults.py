@@ -1,0 +1,499 @@
+"""Pull the plug on recipes/long_task again and again, and see what its readers lose or get twice.
+
+Run `python -m tests.recipes.long_task_faults`: a quarter of an hour. It prints a Markdown table, of
+SQLite and of PostgreSQL. The tests run each of these faults in short.
+
+`python -m tests.recipes.long_task_faults --nginx` reads tasks of 15 minutes through nginx.
+"""
+
+import itertools
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import requests
+
+from tests.support.postgres import Postgres, running_postgres
+from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, free_port, wait_for
+from tests.support.proxies import command, deployed
+from tests.support.raw_reader import RawReader, many_descriptors, read_until
+
+RECORDED = (sys.executable, "-m", "uvicorn", "tests.support.recorded_work:app", "--port", "{port}")
+FAILING = 0.125  # seconds for each part of a task that fails in its third
+
+
+# The servers and the readers ----------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """That a part of a task was begun, or ended: when, in time.time(), and in which process."""
+
+    task_id: str
+    what: str
+    part: int
+    time: float
+    pid: int
+
+
+class Place:
+    """A directory and a database, and the servers that work there, their work on record."""
+
+    def __init__(self, tmp: Path, database_url: str = "") -> None:
+        self.tmp = tmp
+        self.database_url = database_url or f"sqlite:///{tmp / 'tasks.sqlite'}"
+        self.work_log = tmp / "work.log"
+        self.work_log.touch()
+        self.servers: list[Process] = []
+
+    def serve(self, *options: str, cwd: Path = ROOT, **environment: str) -> Process:
+        """Start a server, on a port of its own."""
+        port = free_port()
+        words = [word.replace("{port}", str(port)) for word in (*RECORDED, *options)]
+        own = {"DATABASE_URL": self.database_url, "WORK_LOG": str(self.work_log)}
+        own["FAILING"] = str(FAILING)
+        log = self.tmp / f"server-{len(self.servers)}.log"
+        server = Process(words, log, port, cwd=cwd, env=ENVIRONMENT | own | environment)
+        self.servers.append(server)
+        return server
+
+    def worked(self, what: str) -> list["Entry"]:
+        """What is on record."""
+        lines = [line.split() for line in self.work_log.read_text().splitlines()]
+        entries = [
+            Entry(task, what, int(part), float(t), int(pid)) for task, what, part, t, pid in lines
+        ]
+        return [entry for entry in entries if entry.what == what]
+
+    def begun(self, task_id: str) -> Counter[int]:
+        """How often each part of a task was begun."""
+        return Counter(entry.part for entry in self.worked("begin") if entry.task_id == task_id)
+
+    def workers(self, task_id: str) -> list[int]:
+        """The processes that began its parts, in order."""
+        return [entry.pid for entry in self.worked("begin") if entry.task_id == task_id]
+
+    def has_begun(self, task_id: str, part: int) -> bool:
+        return bool(self.begun(task_id)[part])
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.kill()
+
+
+@contextmanager
+def place(database_url: str = "") -> Iterator[Place]:
+    """A place in a directory of its own; its servers are killed in the end."""
+    with tempfile.TemporaryDirectory() as tmp:
+        here = Place(Path(tmp), database_url)
+        try:
+            yield here
+        finally:
+            here.close()
+
+
+class Patient(httpx.HTTPTransport):
+    """Asks again when the answer is 503: on a busy machine SQLite, too, may need four seconds."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        end = time.monotonic() + LIMIT
+        while (response := super().handle_request(request)).status_code == 503:
+            assert time.monotonic() < end, response.read()
+            response.close()
+        return response
+
+
+def connect(server: Process) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=LIMIT, transport=Patient())
+
+
+def start_task(server: Process, parts: int, seconds: float) -> str:
+    """Start a task; return its id."""
+    with connect(server) as client:
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        answer = client.post("/tasks", json={"parts": parts, "seconds": seconds}, headers=headers)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["task_id"])
+
+
+def read_task(server: Process, task_id: str) -> dict[str, Any]:
+    """Return a task as the server shows it."""
+    with connect(server) as client:
+        return dict(client.get(f"/tasks/{task_id}").raise_for_status().json())
+
+
+@dataclass(frozen=True)
+class Event:
+    event_id: int
+    name: str
+    data: dict[str, Any]
+    arrived: float  # in time.time()
+
+
+@dataclass
+class Reader:
+    """Reads a task's stream in a thread, as an `EventSource` does, until the task's end."""
+
+    url: str
+    task_id: str
+    last_event_id: int | None = None
+    events: list[Event] = field(default_factory=list)
+    comments: int = 0
+    connections: int = 0
+    status: int = 0
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        while not self.ended:
+            with suppress(requests.RequestException):
+                self.connect()
+            time.sleep(0.1)
+
+    def connect(self) -> None:
+        headers = {} if self.last_event_id is None else {"Last-Event-ID": str(self.last_event_id)}
+        url = f"{self.url}/tasks/{self.task_id}/events"
+        with requests.get(url, headers=headers, stream=True, timeout=LIMIT) as response:
+            self.connections += 1
+            self.status = response.status_code
+            fields: dict[str, str] = {}
+            for line in response.iter_lines(chunk_size=1, decode_unicode=True):
+                name, _, value = line.partition(": ")
+                if name:
+                    fields[name] = value
+                elif line:
+                    self.comments += 1
+                elif "data" in fields:
+                    self.last_event_id = int(fields["id"])
+                    name, data = fields.get("event", "message"), json.loads(fields["data"])
+                    self.events.append(Event(self.last_event_id, name, data, time.time()))
+                    fields = {}
+
+    @property
+    def ended(self) -> bool:
+        return self.status == 204 or (bool(self.events) and self.events[-1].name == "end")
+
+    def wait(self, limit: float = LIMIT) -> list[Event]:
+        """Wait for the end; return all events."""
+        wait_for(lambda: self.ended, "the task's end", limit)
+        return self.events
+
+    def wait_for_event(self, event_id: int, limit: float = LIMIT) -> None:
+        wait_for(lambda: (self.last_event_id or 0) >= event_id, f"event {event_id}", limit)
+
+
+def assert_exact(events: list[Event], parts: int, status: str = "done", first: int = 0) -> None:
+    """Each part once, in order, and then the end."""
+    assert [event.event_id for event in events] == list(range(first, parts + 1))
+    *messages, end = events
+    for event in messages:
+        assert (event.name, event.data["done"]) == ("message", event.event_id + 1)
+    assert (end.name, end.data["status"], end.data["done"]) == ("end", status, parts)
+
+
+# The faults ---------------------------------------------------------------------------------------
+
+
+def kill_after_each_part(here: Place, parts: int) -> str:
+    """Kill the server when a part's event has come, start it again, and so on.
+
+    The first time in the next part, the last time between the last part and the end.
+    """
+    server = here.serve(PAUSE="600")
+    task_id = start_task(server, parts, 0.3)
+    reader = Reader(server.url, task_id)
+    for part in range(parts):
+        reader.wait_for_event(part)
+        if part == 0:
+            wait_for(partial(here.has_begun, task_id, 1), "the next part to begin")
+        server.kill()
+        if part == 0:
+            interrupted = all(entry.part != 1 for entry in here.worked("end"))
+        if part == parts - 1:
+            assert not reader.ended
+            server.options["env"].pop("PAUSE")
+        server.start()
+    assert_exact(reader.wait(), parts)
+    begun = here.begun(task_id)
+    assert set(begun) == set(range(parts))
+    assert begun[1] >= 1 + interrupted
+    return f"{parts} times; {begun.total() - parts} parts were done again"
+
+
+def kill_at_random(here: Place, parts: int, kills: int) -> str:
+    """Kill the server at random moments of a task of many short parts."""
+    server = here.serve()
+    task_id = start_task(server, parts, 0.02)
+    reader = Reader(server.url, task_id)
+    for part in sorted(random.sample(range(parts), kills)):
+        wait_for(partial(here.has_begun, task_id, part), f"part {part} to begin")
+        time.sleep(random.uniform(0, 0.05))  # anywhere in the part and in its two writes
+        server.kill()
+        server.start()
+    assert_exact(reader.wait(), parts)
+    return f"{kills} times; {here.begun(task_id).total() - parts} parts were done again"
+
+
+def open_streams(server: Process, task_ids: list[str], readers: int) -> list[RawReader]:
+    """Open so many streams, of the tasks in turn, and wait until each has brought a part."""
+    targets = [f"/tasks/{task_ids[i % len(task_ids)]}/events" for i in range(readers)]
+    raw = [RawReader(server.port, target) for target in targets]
+    assert read_until(raw, lambda: all(b"data: " in reader.body for reader in raw))
+    return raw
+
+
+def check_the_rest(
+    server: Process, task_ids: list[str], raw: list[RawReader], parts: int
+) -> list[str]:
+    """The streams ended properly, and after its last event the first of each task gets the rest.
+
+    Returns the tasks that were not over by then.
+    """
+    went_on = []
+    assert read_until(raw, lambda: all(reader.ended_at for reader in raw))
+    assert all(reader.ended_properly and reader.ended_after_an_event for reader in raw)
+    for task_id, reader in zip(task_ids, raw, strict=False):
+        ids = [int(event_id) for event_id in re.findall(rb"^id: (\d+)$", reader.body, re.M)]
+        assert ids == list(range(len(ids)))
+        if len(ids) <= parts:
+            rest = Reader(server.url, task_id, last_event_id=ids[-1])
+            assert_exact(rest.wait(), parts, first=len(ids))
+            went_on.append(task_id)
+    return went_on
+
+
+def terminate(here: Place, tasks: int, parts: int, readers: int) -> str:
+    """Stop a server that is busy, with SIGTERM, and start it again."""
+    server = here.serve()
+    task_ids = [start_task(server, parts, 0.4) for _ in range(tasks)]
+    raw = open_streams(server, task_ids, readers)
+    asked = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == -signal.SIGTERM
+    took = time.monotonic() - asked
+    server.start()
+    assert check_the_rest(server, task_ids, raw, parts)
+    return f"{tasks} tasks, {readers} readers; down after {took:.1f} s"
+
+
+def save_the_code(here: Place, tasks: int, parts: int, readers: int) -> str:
+    """Edit the workflow of a server that is busy and runs with `--reload`."""
+    code = here.tmp / "code"
+    for name in ("recipes", "page"):
+        shutil.copytree(ROOT / name, code / name)
+    for name in ("main.py", "tests/__init__.py", "tests/support/__init__.py"):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, code / name)
+    shutil.copy(ROOT / "tests/support/recorded_work.py", code / "tests/support")
+    server = here.serve("--reload", cwd=code)
+    task_ids = [start_task(server, parts, 0.4) for _ in range(tasks)]
+    raw = open_streams(server, task_ids, readers)
+    recipe = code / "recipes/long_task.py"
+    old, new = 'return {"seconds": worked}', 'return {"seconds": worked, "edited": True}'
+    assert old in recipe.read_text()
+    saved = time.monotonic()
+    recipe.write_text(recipe.read_text().replace(old, new))
+    server.wait_for_log("Application startup complete", count=2)
+    took = time.monotonic() - saved
+    went_on = check_the_rest(server, task_ids, raw, parts)
+    assert went_on
+    for task_id in went_on:
+        assert read_task(server, task_id)["result"] == {
+            "seconds": pytest.approx(parts * 0.4),
+            "edited": True,
+        }
+    return f"{tasks} tasks, {readers} readers; up again after {took:.1f} s"
+
+
+def lose_one_of_two(here: Place, signum: int, grace: str = "15") -> str:
+    """Kill one of two servers for good, or let it hang until the other has done all the work."""
+    lost, other = (here.serve(GRACE=grace) for _ in range(2))
+    parts = 14
+    readers: list[Reader] = []
+    # Whichever asks first gets a task: start some until the one that will be lost has just got one.
+    while not any(here.workers(reader.task_id)[-1] == lost.pid for reader in readers[-1:]):
+        readers.append(Reader(other.url, start_task(lost, parts, 0.4)))
+        readers[-1].wait_for_event(1)
+    lost.signal(signum)
+    arrivals = []
+    for reader in readers:
+        events = reader.wait(3 * LIMIT)
+        assert_exact(events, parts)
+        arrivals.append([event.arrived for event in events])
+    assert set(here.workers(readers[-1].task_id)) == {lost.pid, other.pid}
+    if signum == signal.SIGSTOP:
+        lost.signal(signal.SIGCONT)  # it goes on with its parts, and is refused
+        for reader in readers:
+            assert read_task(lost, reader.task_id)["status"] == "done"
+            assert_exact(Reader(lost.url, reader.task_id).wait(), parts)
+    silence = max(b - a for stamps in arrivals for a, b in itertools.pairwise(stamps))
+    return f"the other went on after {silence:.0f} s"
+
+
+def two_servers(here: Place, parts: int) -> str:
+    """Watch a task on the server that has it and on the other one, and cancel it on the other."""
+    servers = [here.serve() for _ in range(2)]
+    task_id = start_task(servers[0], 900, 0.2)
+    readers = {server.pid: Reader(server.url, task_id) for server in servers}
+    for reader in readers.values():
+        reader.wait_for_event(parts - 1)
+    (pid,) = {entry.pid for entry in here.worked("begin")}
+    (other,) = (server for server in servers if server.pid != pid)
+    asked = time.time()
+    with connect(other) as client:
+        assert client.delete(f"/tasks/{task_id}").status_code == 202
+    ends = []
+    for reader in readers.values():
+        events = reader.wait()
+        assert_exact(events, len(events) - 1, "cancelled")
+        ends.append(events[-1].arrived - asked)
+    ended = {entry.part: entry.time for entry in here.worked("end")}
+    late = [event.arrived - ended[event.event_id] for event in readers[other.pid].events[:parts]]
+    said = f"{percentiles(late)} on the other"
+    return f"{said}; cancelled there, it ended for all after {max(ends) * 1000:.0f} ms"
+
+
+def percentiles(seconds: list[float]) -> str:
+    ordered = [f"{second * 1000:.0f} ms" for second in sorted(seconds)]
+    return f"p50 {ordered[len(ordered) // 2]}, p99 {ordered[len(ordered) * 99 // 100]}"
+
+
+def take_the_database_away(here: Place, postgres: Postgres, seconds: float) -> str:
+    """Kill PostgreSQL under a task and its reader, and start it again after so many seconds."""
+    server = here.serve()
+    task_id = start_task(server, 14, 0.5)
+    reader = Reader(server.url, task_id)
+    reader.wait_for_event(1)
+    postgres.kill()
+    back = time.monotonic() + seconds
+    answers = [
+        requests.get(f"{server.url}/tasks/{task_id}", timeout=LIMIT),
+        requests.post(f"{server.url}/tasks", json={"parts": 1, "seconds": 0}, timeout=LIMIT),
+        requests.delete(f"{server.url}/tasks/{task_id}", timeout=LIMIT),
+    ]
+    for answer in answers:
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    slowest = max(answer.elapsed.total_seconds() for answer in answers)
+    time.sleep(max(0, back - time.monotonic()))
+    seen = len(reader.events)
+    postgres.start()
+    started = time.monotonic()
+    wait_for(lambda: len(reader.events) > seen, "the task to go on", 3 * LIMIT)
+    took = time.monotonic() - started
+    assert_exact(reader.wait(), 14)
+    assert reader.connections == 1
+    # What was refused has left nothing behind.
+    assert {entry.task_id for entry in here.worked("begin")} == {task_id}
+    assert "Traceback" not in server.log
+    return f"{seconds:.0f} s; 503 within {slowest:.1f} s; it went on {took:.1f} s after its return"
+
+
+class Stamps(RawReader):
+    """Records when each event came."""
+
+    def __init__(self, port: int, target: str) -> None:
+        super().__init__(port, target)
+        self.stamps: list[tuple[int, float]] = []
+        self.parsed = 0
+
+    def receive(self) -> None:
+        super().receive()
+        while (end := self.body.find(b"\n\n", self.parsed)) >= 0:
+            if event_id := re.search(rb"^id: (\d+)$", self.body[self.parsed : end], re.M):
+                self.stamps.append((int(event_id[1]), time.time()))
+            self.parsed = end + 2
+
+
+def many_readers(here: Place, parts: int, readers: int) -> str:
+    """Let many read one task; say how long after the end of its work each part came to them."""
+    server = here.serve()
+    task_id = start_task(server, parts, 0.2)
+    raw = [Stamps(server.port, f"/tasks/{task_id}/events") for _ in range(readers)]
+    assert read_until(raw, lambda: all(reader.ended_at for reader in raw))
+    ended = {entry.part: entry.time for entry in here.worked("end")}
+    late = []
+    for reader in raw:
+        assert [event_id for event_id, _ in reader.stamps] == list(range(parts + 1))
+        late += [stamp - ended[event_id] for event_id, stamp in reader.stamps[:-1]]
+    took = ended[parts - 1] - here.worked("begin")[0].time
+    return f"{percentiles(late)}; {parts} parts took {took:.1f} s"
+
+
+def read_through_nginx(here: Place, parts: int, seconds: float, changes: dict[str, str]) -> str:
+    """Read a task in one connection through the nginx of deploy/, with these changes."""
+    server, port = here.serve(), free_port()
+    config = deployed("nginx", port, [server.port] * 3, here.tmp, changes)
+    proxy = Process(command("nginx", config), here.tmp / "nginx.log", port)
+    here.servers.append(proxy)
+    reader = Reader(proxy.url, start_task(server, parts, seconds))
+    assert_exact(reader.wait(parts * seconds + 2 * LIMIT), parts)
+    assert reader.connections == 1
+    return f"{parts} parts of {seconds} s in one connection, with {reader.comments} comments"
+
+
+def quarter_of_an_hour() -> None:
+    limits = {"proxy_read_timeout 12s;": "", "send_timeout 30s;": ""}
+    series = {"as in deploy/": {}, "with nginx's own limits": limits}
+
+    def run(name: str, parts: int) -> None:
+        with place() as here:
+            print(f"{name}: {read_through_nginx(here, parts, 900 // parts, series[name])}")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, [*series, *series], [900, 900, 15, 15]))
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    print("| fault | SQLite | PostgreSQL |\n| --- | --- | --- |")
+    with ExitStack() as stack:
+        stack.enter_context(many_descriptors(4096))
+        postgres = stack.enter_context(running_postgres())
+        both: dict[str, Callable[[Place], str]] = {
+            "kill -9 after each part, the last time before the end": lambda here: (
+                kill_after_each_part(here, 12)
+            ),
+            "kill -9 at a random moment": lambda here: kill_at_random(here, 900, 25),
+            "SIGTERM": lambda here: terminate(here, 20, 20, 200),
+            "`--reload`: the workflow is edited": lambda here: save_the_code(here, 20, 20, 200),
+            "1 reader": lambda here: many_readers(here, 100, 1),
+            "500 readers": lambda here: many_readers(here, 100, 500),
+        }
+        for name, fault in both.items():
+            outcomes = []
+            for url in ("", postgres.database_url):
+                with place(url) as here:
+                    outcomes.append(fault(here))
+            print(f"| {name} | {outcomes[0]} | {outcomes[1]} |", flush=True)
+        alone: dict[str, Callable[[Place], str]] = {
+            "two servers": lambda here: two_servers(here, 100),
+            "one of two servers killed": lambda here: lose_one_of_two(here, signal.SIGKILL),
+            "one of two servers hangs": lambda here: lose_one_of_two(here, signal.SIGSTOP),
+            "the database killed": lambda here: take_the_database_away(here, postgres, 60),
+        }
+        for name, fault in alone.items():
+            with place(postgres.database_url) as here:
+                print(f"| {name} | – | {fault(here)} |", flush=True)
+
+
+if __name__ == "__main__":
+    quarter_of_an_hour() if "--nginx" in sys.argv else main()
