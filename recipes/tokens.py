@@ -24,8 +24,8 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Generator, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -137,7 +137,7 @@ def to_tokens(text: str) -> list[str]:
     return re.findall(r" ?\w+|\s|[^\w\s]", text)
 
 
-def squawk(prompt: str) -> Iterator[str]:
+def squawk(prompt: str) -> Generator[str]:
     """Yield tokens, each of which follows the two before it somewhere in TEXT: a Markov chain.
 
     The same prompt gives the same tokens, another one probably others.
@@ -201,21 +201,22 @@ class Parrot:
 
         made, held, reason = 0, "", "stop"
         yield chunk({"role": "assistant", "content": ""})
-        for token in squawk(prompt):
-            if made == limit:
-                reason = "length"
-                break
-            await asyncio.sleep(SECONDS_PER_TOKEN)
-            made += 1
-            held += token
-            if found := [at for stop in stops if (at := held.find(stop)) >= 0]:
-                held = held[: min(found)]
-                break
-            # What may be the beginning of a stop sequence waits for what follows.
-            ready = len(held) - held_back(held, stops)
-            if ready:
-                yield chunk({"content": held[:ready]})
-            held = held[ready:]
+        with closing(squawk(prompt)) as tokens:
+            for token in tokens:
+                if made == limit:
+                    reason = "length"
+                    break
+                await asyncio.sleep(SECONDS_PER_TOKEN)
+                made += 1
+                held += token
+                if found := [at for stop in stops if (at := held.find(stop)) >= 0]:
+                    held = held[: min(found)]
+                    break
+                # What may be the beginning of a stop sequence waits for what follows.
+                ready = len(held) - held_back(held, stops)
+                if ready:
+                    yield chunk({"content": held[:ready]})
+                held = held[ready:]
         if held:
             yield chunk({"content": held})
         yield chunk({}, reason)
@@ -356,8 +357,12 @@ async def to_sse(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
             if chunk == b"[DONE]":
                 return
     finally:
-        if coming:
-            coming.cancel()  # the reader has left: the model stops, wherever it is
+        # The reader may have left: the model stops, wherever it is, and not when the garbage
+        # collection comes to it.
+        if coming and not coming.done():
+            coming.cancel()
+        else:
+            await chunks.aclose()
 
 
 class Answer(StreamingResponse):
@@ -377,19 +382,19 @@ class Answer(StreamingResponse):
             await send({"type": "http.response.body", "body": to_event(told(stopping))})
 
     async def stream_response(self, send: Send) -> None:
-        pieces = aiter(self.body_iterator)
-        piece: Any = await anext(pieces)
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        self.half = True
-        try:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            async for piece in pieces:
+        pieces: Any = self.body_iterator
+        async with aclosing(pieces):
+            piece = await anext(pieces)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self.half = True
+            try:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except HTTPException as error:
-            await send(
-                {"type": "http.response.body", "body": to_event(told(error)), "more_body": True}
-            )
-        await send({"type": "http.response.body"})
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except HTTPException as error:
+                last = to_event(told(error))
+                await send({"type": "http.response.body", "body": last, "more_body": True})
+            await send({"type": "http.response.body"})
         self.half = False
 
 

@@ -7,7 +7,7 @@ tokens it makes. `cut_up` is the same with its streams in small pieces.
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -21,7 +21,7 @@ parrot = tokens.app
 squawk = tokens.squawk
 
 
-def counted(prompt: str) -> Iterator[str]:
+def counted(prompt: str) -> Generator[str]:
     """The parrot, but it prints when it begins and after how many tokens it stopped."""
     made = 0
     print(f"the parrot begins: {prompt}", flush=True)
