@@ -2,12 +2,12 @@
 //
 // fetch reads the feed here. An EventSource reconnects by itself, but gives up for good when the
 // answer is no stream, such as a proxy's 502 while the server restarts. A new one cannot be told
-// where to go on (https://github.com/whatwg/html/issues/2177): what came meanwhile would be missing.
+// where to go on (https://github.com/whatwg/html/issues/2177), so there would be a hole.
 
 const KEEP = 300; // lines on the page
 const SILENCE = 25_000; // ms after which a connection is taken for dead; comments come each 10 s
 const PAUSE = 1000; // ms before reconnecting, and up to as long again: not everybody in one moment
-const PATIENCE = 10_000; // ms that publishing may take
+const PATIENCE = 20_000; // ms that publishing may take
 
 const [form, publish, published, connection, feed] = [
   "write",
@@ -166,10 +166,10 @@ function gapOf({ reason }) {
 }
 
 function entry(style, words) {
-  const paragraph = document.createElement("p");
-  paragraph.className = style;
-  paragraph.textContent = words; // text stays text, whatever markup it is
-  return paragraph;
+  const item = document.createElement("li");
+  item.className = style;
+  item.textContent = words; // text stays text, whatever markup it is
+  return item;
 }
 
 function tell(status, state, words) {
