@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 import httpx
 import pytest
 
 from main import PAGE_HEADERS
-from tests.support.browsers import BROWSERS, Browser, Chromium
+from tests.support.browsers import BROWSERS, SIZE, Browser, Chromium
 from tests.support.npm import node_modules
 from tests.support.processes import Process, Start, free_port, need, wait_for
 from tests.support.readme import Readme, Terminal, commands, shows
@@ -21,18 +19,6 @@ in_each_browser = pytest.mark.parametrize(
 )
 
 Opened = Callable[[str], Browser]
-
-
-@pytest.fixture(scope="module")
-def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
-    """`browsers(name)` starts a browser, the first time, and gives it."""
-    with ExitStack() as stack:
-
-        @cache
-        def started(name: str) -> Browser:
-            return stack.enter_context(BROWSERS[name](tmp_path_factory.mktemp(name)))
-
-        yield started
 
 
 @pytest.fixture
@@ -200,14 +186,12 @@ def test_while_redis_is_away_it_does_not_say_connected(
 
 
 @pytest.mark.xdist_group("chromium")
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_accessible_bounded_and_no_wider_than_a_phone(
-    browsers: Opened, page: Opened, server: Process, dark: bool
+    browsers: Opened, page: Opened, server: Process
 ) -> None:
     browser = browsers("chromium")
     assert isinstance(browser, Chromium)
     browser.resize(360, 800)
-    browser.color_scheme("dark" if dark else "light")
     try:
         page("chromium")
         post(server, *(f"line {number}" for number in range(301)), "long" * 100)
@@ -217,14 +201,15 @@ def test_accessible_bounded_and_no_wider_than_a_phone(
         wide = "const { scrollWidth, clientWidth } = document.documentElement; return "
         assert browser.run(wide + "scrollWidth <= clientWidth")
         browser.run((node_modules() / "axe-core" / "axe.min.js").read_text())
-        result = browser.driver.execute_async_script(
-            "const done = arguments[0]; axe.run().then(done, (error) => done({ error }))"
-        )
-        assert [(v["id"], v["nodes"][0]["html"]) for v in result["violations"]] == []
-        assert result["passes"], "axe has looked at the page"
+        for dark in (True, False):
+            browser.darken(dark)
+            result = browser.driver.execute_async_script(
+                "const done = arguments[0]; axe.run().then(done, (error) => done({ error }))"
+            )
+            assert [(v["id"], v["nodes"][0]["html"]) for v in result["violations"]] == []
+            assert result["passes"], "axe has looked at the page"
     finally:
-        browser.resize(1600, 1000)
-        browser.color_scheme("light")
+        browser.resize(*SIZE)
 
 
 def test_nothing_is_inline_and_the_policy_says_so(server: Process) -> None:
