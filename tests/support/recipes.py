@@ -26,7 +26,7 @@ def start_recipe(start: Start, recipe: str, tmp_path: Path, **environment: str) 
     return start_app(start, f"{recipe}:app", **needs | environment)
 
 
-def start_app(start: Start, app: str, **environment: str) -> Process:
+def start_app(start: Start, app: str, *options: str, **environment: str) -> Process:
     """Start `uvicorn app` with this in its environment; wait until it listens."""
-    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}")
+    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}", *options)
     return start(*command, env=ENVIRONMENT | environment)

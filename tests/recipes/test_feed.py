@@ -1,0 +1,305 @@
+"""recipes/feed.py in memory: each event to each reader, once and in order, or a gap is told."""
+
+import json
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from recipes.feed import KEEP, MAX_BODY
+from tests.support.event_sources import EventSource, EventSources, event_sources
+from tests.support.feed import numbers, publish
+from tests.support.feed_apps import APPS
+from tests.support.processes import LIMIT, Process, Start, free_port, wait_for
+from tests.support.recipes import start_app, start_recipe
+
+
+@pytest.fixture
+def server(start: Start, tmp_path: Path) -> Process:
+    return start_recipe(start, "recipes.feed", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One for all tests that publish nothing."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "recipes.feed:app", "--port", str(port)]
+    process = Process(command, tmp_path_factory.mktemp("feed") / "server.log", port)
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def readers() -> Iterator[EventSources]:
+    with event_sources() as sources:
+        yield sources
+
+
+def wait_for_data(sources: list[EventSource], *texts: str) -> None:
+    """Wait until each of them has as many events as this, and then see that it has these."""
+    wait_for(lambda: all(len(s.data) >= len(texts) for s in sources), f"{len(texts)} events")
+    for source in sources:
+        assert source.data == [*texts]
+
+
+def test_every_reader_gets_every_event(server: Process, readers: EventSources) -> None:
+    crowd = readers.open(server.port, 20)
+    # Each kind of line break is one; what only Python takes for one is none.
+    text = " ☕ one\rtwo\r\n\nthree: \x0b\u2028four\n"
+    ids = publish(server, "a", text, " b")
+    wait_for_data(crowd, "a", " ☕ one\ntwo\n\nthree: \x0b\u2028four\n", " b")
+    for source in crowd:
+        assert [event.id for event in source.events] == ids
+        assert not source.gaps
+
+
+def test_headers(shared: Process) -> None:
+    with requests.get(f"{shared.url}/feed", stream=True, timeout=LIMIT) as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        assert answer.headers["cache-control"] == "no-cache, no-transform"
+        assert answer.headers["x-accel-buffering"] == "no"
+
+
+def test_whoever_comes_back_gets_what_came_meanwhile(
+    server: Process, readers: EventSources
+) -> None:
+    ids = publish(server, *numbers(0, 20))
+    for place, event_id in enumerate(ids):
+        (source,) = readers.open(server.port, last_event_id=event_id)
+        wait_for_data([source], *numbers(place + 1, 20))
+        assert [event.id for event in source.events] == ids[place + 1 :]
+    publish(server, "20")
+    for place, source in enumerate(readers.all):
+        wait_for_data([source], *numbers(place + 1, 21))
+
+
+def test_a_reader_that_is_cut_off_before_its_first_event(
+    server: Process, readers: EventSources
+) -> None:
+    publish(server, "before")
+    (source,) = readers.open(server.port)
+    wait_for(lambda: source.last_event_id, "an id to come back with")
+    readers.close([source])
+    publish(server, "meanwhile")
+    (again,) = readers.open(server.port, last_event_id=source.last_event_id)
+    wait_for_data([again], "meanwhile")
+    assert not source.events
+
+
+def test_the_last_1000_are_kept(server: Process, readers: EventSources) -> None:
+    count = KEEP + 2
+    ids = publish(server, *numbers(0, count))
+    told, whole = (readers.open(server.port, last_event_id=ids[i])[0] for i in (0, 1))
+    wait_for_data([told, whole], *numbers(2, count))
+    assert not whole.gaps
+    # It comes first, and has no id of its own.
+    assert told.events[0].name == "gap"
+    assert told.events[0].id == ids[0]
+    assert json.loads(told.events[0].data) == {
+        "reason": f"What came after {ids[0]} is no longer kept."
+    }
+    assert len(told.gaps) == 1
+
+
+def test_a_server_that_was_restarted_has_a_new_log(server: Process, readers: EventSources) -> None:
+    crowd = readers.open(server.port, 5)
+    publish(server, "old")
+    wait_for_data(crowd, "old")
+    server.kill()
+    server.start()
+    publish(server, "new")
+    wait_for_data(crowd, "old", "new")
+    assert all([event.name for event in s.events] == ["message", "gap", "message"] for s in crowd)
+
+
+@pytest.mark.parametrize("event_id", ["0-0", "1-1", "0000001-00001", "9" * 20 + "-" + "9" * 20])
+def test_an_id_that_is_not_of_this_log(
+    server: Process, readers: EventSources, event_id: str
+) -> None:
+    publish(server, "kept")
+    (source,) = readers.open(server.port, last_event_id=event_id)
+    # One that is ahead may be another server's, so it is no gap yet. It is when there is more.
+    publish(server, "new")
+    wait_for_data([source], "kept", "new")
+    assert len(source.gaps) == 1
+    assert source.events[0].name == "gap"
+
+
+@pytest.mark.parametrize(
+    "event_id", ["x", "1", "-", "1-", "-1", "1-1-1", "+1-1", "1-1 x", "9" * 21 + "-1", "٣-٣"]
+)
+def test_an_id_that_is_none(shared: Process, event_id: str) -> None:
+    headers = {"Last-Event-ID": event_id.encode()}
+    answer = requests.get(f"{shared.url}/feed", headers=headers, timeout=LIMIT)
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["header", "last-event-id"]
+
+
+BAD = [
+    *("", "{", "[]", "null", "{}", '{"data": null}', '{"data": 5}', '{"data": NaN}'),
+    *('{"data": 1e400}', '{"data": "\\ud800"}', '{"data": ""}', "[" * 60_000, '"\\ud800"'),
+    json.dumps({"data": "x" * 10_001}),
+]
+
+
+@pytest.mark.parametrize(
+    "body", [*map(str.encode, BAD), b"\xff", '{"data": "☕"}'.encode("utf-16")], ids=str
+)
+def test_bad_input(shared: Process, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"{shared.url}/feed", data=body, headers=headers, timeout=LIMIT)
+    assert answer.status_code == 422, answer.text
+    (detail,) = answer.json()["detail"]
+    assert detail["loc"][0] == "body"
+    assert detail["msg"]
+
+
+def test_a_page_from_elsewhere_cannot_publish(shared: Process) -> None:
+    """Without asking first it can send JSON only as another type: that is what CORS allows."""
+    answer = requests.post(
+        f"{shared.url}/feed",
+        data=b'{"data": "x"}',
+        headers={"Content-Type": "text/plain"},
+        timeout=LIMIT,
+    )
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["header", "content-type"]
+
+
+def test_the_largest_event(server: Process, readers: EventSources) -> None:
+    (source,) = readers.open(server.port)
+    texts = ["☕" * 10_000, "\n" * 10_000, "x"]
+    publish(server, *texts)
+    wait_for_data([source], *texts)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_large_body_is_refused_before_it_is_read(shared: Process, chunked: bool) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), LIMIT) as connection:
+        head = "POST /feed HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        how = "Transfer-Encoding: chunked" if chunked else "Content-Length: 1000000000000"
+        connection.sendall(f"{head}{how}\r\n\r\n".encode())
+        part = b" " * (MAX_BODY // 4)
+        for _ in range(5):  # and the rest never comes
+            connection.sendall(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_comment_after_a_silence(server: Process, readers: EventSources) -> None:
+    crowd = readers.open(server.port, 3)
+    wait_for(lambda: all(source.comments for source in crowd), "a comment")
+    assert not any(source.events for source in crowd)
+    publish(server, "then an event")
+    wait_for_data(crowd, "then an event")
+
+
+def test_a_reader_that_does_not_read(server: Process, readers: EventSources) -> None:
+    slow, *others = readers.open(server.port, 4)
+    readers.pause(slow)
+    texts = numbers(0, 4 * KEEP, size=8000)
+    publish(server, *texts[: 2 * KEEP])
+    wait_for_data(others, *texts[: 2 * KEEP])
+    memory = psutil.Process(server.pid).memory_info().rss
+    publish(server, *texts[2 * KEEP :])
+    wait_for_data(others, *texts)  # nobody waits for the one
+    # Those that are no longer kept are 16 MB.
+    assert psutil.Process(server.pid).memory_info().rss < memory + 8e6
+    readers.pause(slow, False)
+    publish(server, "the last")
+    wait_for(lambda: "the last" in slow.data, "the last event")
+    # What it had before the gap, then what was kept.
+    place = [event.name for event in slow.events].index("gap")
+    assert len(slow.gaps) == 1
+    assert slow.data[:place] == texts[:place]
+    assert slow.data[place:-1] == texts[-len(slow.data[place:-1]) :]
+    assert len(slow.data) - 1 < len(texts)
+
+
+def test_whoever_leaves_is_forgotten(server: Process, readers: EventSources) -> None:
+    (stays,) = readers.open(server.port)
+    process = psutil.Process(server.pid)
+
+    def many_come_and_go() -> int:
+        for _ in range(5):
+            crowd = readers.open(server.port, 200)
+            publish(server, "x" * 5000)
+            wait_for(lambda: all(source.events for source in readers.all), "an event")
+            readers.close(crowd)
+            readers.all.clear()
+        wait_for(lambda: len(process.net_connections("tcp")) <= 2, "the connections to end")
+        return int(process.memory_info().rss)
+
+    memory = many_come_and_go()
+    assert many_come_and_go() < memory + 3e6  # 1,000 readers that stay are 14 MB
+    assert len(stays.data) == 10
+
+
+def test_a_server_that_is_stopped(server: Process, readers: EventSources) -> None:
+    crowd = readers.open(server.port, 20)
+    publish(server, "x")
+    wait_for_data(crowd, "x")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == -signal.SIGTERM
+    wait_for(lambda: all(s.connection and s.connection.complete for s in crowd), "the end")
+    assert not any(source.cut for source in crowd)
+    assert "Exception" not in server.log
+    assert "destroyed" not in server.log
+
+
+def test_a_server_that_is_stopped_while_a_reader_does_not_read(
+    start: Start, readers: EventSources
+) -> None:
+    command = (sys.executable, "-m", "uvicorn", "recipes.feed:app", "--port", "{port}")
+    server = start(*command, "--timeout-graceful-shutdown", "1")
+    slow, *others = readers.open(server.port, 4)
+    readers.pause(slow)
+    texts = numbers(0, 1000, size=9000)
+    publish(server, *texts)
+    wait_for_data(others, *texts)
+    server.signal(signal.SIGTERM)
+    server.wait()
+    wait_for(lambda: all(s.connection and s.connection.complete for s in others), "the end")
+    assert not any(source.cut for source in others)
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_an_ordinary_response(name: str, start: Start, readers: EventSources) -> None:
+    """Whatever middleware there is, and wherever it is mounted: live, whole, in order."""
+    server = start_app(start, f"tests.support.feed_apps:{name}", "--factory")
+    path = f"{APPS[name]}/feed"
+    with requests.get(
+        server.url + path, headers={"Origin": "http://x"}, stream=True, timeout=LIMIT
+    ) as answer:
+        assert ("access-control-allow-origin" in answer.headers) == (name == "cors")
+        assert ("x-mark" in answer.headers) == (name in ("http", "mounted"))
+    slow, *others = crowd = readers.open(server.port, 10, path=path)
+    publish(server, "first", path=path)
+    wait_for_data(crowd, "first")
+    readers.pause(slow)
+    texts = numbers(0, 900, size=8000)
+    publish(server, *texts, path=path)
+    wait_for_data(others, "first", *texts)
+    readers.pause(slow, False)
+    wait_for_data([slow], "first", *texts)
+    server.signal(signal.SIGTERM)
+    if name != "router":  # without EndStreams
+        server.wait()
+    assert "Exception" not in server.log
+
+
+def test_a_middleware_that_fails_cuts_off_its_reader_alone(
+    start: Start, readers: EventSources
+) -> None:
+    server = start_app(start, "tests.support.feed_apps:limits", "--factory", RAISE_AT="5")
+    crowd = readers.open(server.port, 5)
+    texts = numbers(0, 12)
+    for number, text in enumerate(texts):
+        publish(server, text)
+        wait_for_data(crowd, *texts[: number + 1])
+    assert all(source.opened > 2 and source.cut > 1 for source in crowd)
+    assert "the middleware failed" in server.log
