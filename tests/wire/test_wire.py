@@ -1,4 +1,4 @@
-"""What the server puts on the wire, over real sockets: ../shared/CONTRACT.md, line by line."""
+"""What the server puts on the wire, over real sockets, line by line."""
 
 import http.client
 import json
