@@ -90,7 +90,7 @@ def start_dbos() -> None:
         system_database_url=DATABASE_URL,
         serializer=serializer,
         application_name=NAME,
-        use_listen_notify=True,
+        use_listen_notify=DATABASE_URL.startswith("postgresql"),  # SQLite has none
         retry_connection_errors=False,
     )
     DBOS(

@@ -24,7 +24,6 @@ from tests.recipes.long_task_faults import (
 )
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, free_port, wait_for
-from tests.support.raw_reader import RawReader, read_until
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +232,7 @@ def test_a_database_that_is_not_there(url: str) -> None:
 def test_one_read_for_all_readers_of_a_task(client: httpx.Client, server: Process) -> None:
     """As long as there are readers, and no longer."""
     task_id = start_task(server, 900, 0.2)
-    readers = [RawReader(server.port, f"/tasks/{task_id}/events") for _ in range(20)]
-    assert read_until(readers, lambda: all(b"data: " in reader.body for reader in readers))
+    readers = faults.open_streams(server, [task_id], 20)
     wait_for(lambda: client.get("/watches").json() == 1, "one read")
     for reader in readers:
         reader.close()
