@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import uuid
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -74,6 +75,7 @@ async def long_task(parts: int, seconds: float) -> dict[str, float]:
 DATABASE_URL = os.environ.get("DATABASE_URL") or f"sqlite:///{HERE / 'long_task.sqlite'}"
 POLL = 0.1  # seconds from one look for something new to the next
 GRACE = 15  # seconds that a part may be late before its server is given up
+KEEP_ALIVE = 10  # seconds of silence, then a comment
 AWAY = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutError)
 client: DBOSClient
 
@@ -208,7 +210,7 @@ watches: dict[str, Watch] = {}
 
 
 async def follow(task: Task, first: int) -> AsyncIterator[bytes]:
-    """Yield a task's frames from `first` to the end, and a comment after 10 s of silence."""
+    """Yield a task's frames from `first` to the end, and a comment in each longer silence."""
     watch = watches.get(task.task_id) or Watch(task)
     watch.readers += 1
     try:
@@ -221,7 +223,8 @@ async def follow(task: Task, first: int) -> AsyncIterator[bytes]:
                 return
             else:
                 more = (watch.news, watch.reading)
-                if not (await asyncio.wait(more, timeout=10, return_when="FIRST_COMPLETED"))[0]:
+                heard, _ = await asyncio.wait(more, timeout=KEEP_ALIVE, return_when=FIRST_COMPLETED)
+                if not heard:
                     yield b": keep-alive\n\n"
     finally:
         watch.readers -= 1

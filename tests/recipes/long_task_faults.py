@@ -398,6 +398,7 @@ def take_the_database_away(here: Place, postgres: Postgres, seconds: float) -> s
     for answer in answers:
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     slowest = max(answer.elapsed.total_seconds() for answer in answers)
+    wait_for(lambda: reader.comments, "a keep-alive comment")
     time.sleep(max(0, back - time.monotonic()))
     seen = len(reader.events)
     postgres.start()
@@ -443,9 +444,11 @@ def many_readers(here: Place, parts: int, readers: int) -> str:
     return f"{percentiles(late)}; {parts} parts took {took:.1f} s"
 
 
-def read_through_nginx(here: Place, parts: int, seconds: float, changes: dict[str, str]) -> str:
+def read_through_nginx(
+    here: Place, parts: int, seconds: float, changes: dict[str, str], keep_alive: int = 10
+) -> str:
     """Read a task in one connection through the nginx of deploy/, with these changes."""
-    server, port = here.serve(), free_port()
+    server, port = here.serve(KEEP_ALIVE=str(keep_alive)), free_port()
     config = deployed("nginx", port, [server.port] * 3, here.tmp, changes)
     proxy = Process(command("nginx", config), here.tmp / "nginx.log", port)
     here.servers.append(proxy)

@@ -2,8 +2,8 @@
 
 The environment says how. `WORK_LOG` is the file that each part writes a line to when it begins and
 one when it ends. A task with `FAILING` seconds for each part raises in its third. `PAUSE` is how
-many seconds the workflow waits between the event of its last part and its end, `GRACE` is the
-recipe's.
+many seconds the workflow waits between the event of its last part and its end. `GRACE` and
+`KEEP_ALIVE` are the recipe's.
 """
 
 import asyncio
@@ -47,6 +47,7 @@ async def write_and_pause(key: str, value: Any, **options: Any) -> None:
 
 long_task.work = work
 long_task.GRACE = int(os.environ.get("GRACE", long_task.GRACE))
+long_task.KEEP_ALIVE = int(os.environ.get("KEEP_ALIVE", long_task.KEEP_ALIVE))
 DBOS.write_stream_async = write_and_pause  # type: ignore[method-assign]
 
 
