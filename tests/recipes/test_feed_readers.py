@@ -6,7 +6,6 @@
 import asyncio
 import random
 import re
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ class Client:
         self.got: list[int | None] = []  # the numbers of its events; None: a gap
         self.left = asyncio.Event()
         self.patient = False
+        self.done = asyncio.Event()
 
     async def receive(self) -> dict[str, Any]:
         await self.left.wait()
@@ -45,21 +45,17 @@ class Client:
                 self.got.append(None)
 
     async def read(self) -> None:
-        """Read for a while, leave, and come back."""
-        while True:
+        """Read for a while, leave, and come back, until all is published; then until the end."""
+        while not self.done.is_set():
             self.left.clear()
-            reader = asyncio.create_task(
-                Reader(self.log, self.after).send_events(self.receive, self.send)
-            )
-            try:
-                while not self.patient and self.dice.random() > 0.03:
-                    await asyncio.sleep(0)
-                if self.patient:
-                    await asyncio.Event().wait()
-            finally:
-                self.left.set()
-                with suppress(asyncio.CancelledError):
-                    await reader
+            reader = Reader(self.log, self.after)
+            reading = asyncio.create_task(reader.send_events(self.receive, self.send))
+            while not self.patient and self.dice.random() > 0.03:
+                await asyncio.sleep(0)
+            if self.patient:
+                await self.done.wait()
+            self.left.set()
+            await reading
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -86,9 +82,9 @@ def test_nothing_is_lost_doubled_or_out_of_order(
         async with asyncio.timeout(60):
             while not all(client.got[-1:] == [199] for client in clients):
                 await asyncio.sleep(0)
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
+        for client in clients:
+            client.done.set()
+        await asyncio.gather(*reading)
         assert not log.waiting
         return clients
 
