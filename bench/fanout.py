@@ -1,8 +1,8 @@
-"""What a feed costs: one event for every reader, recipes/feed.py beside the alternatives, in one run.
+"""What an event for everybody costs: recipes/feed.py beside the alternatives, in one run.
 
-Run it with `python bench/fanout.py` (about ten minutes, on a machine that does nothing else), or
-with `--quick` to see in a few seconds that it works. It prints the tables, and writes fanout.json
-and fanout.md. It needs Debian's nginx, libnginx-mod-nchan and redis-server.
+Run it with `python bench/fanout.py` (a quarter of an hour, on a machine that does nothing else), or
+with `--quick` to see in half a minute that it works. It prints the tables, and writes fanout.json
+and fanout.md. It wants Debian's nginx, libnginx-mod-nchan and redis-server.
 
 Each server gets one core; the load generator, which publishes and reads, gets another, together
 with Redis. The rounds are interleaved, because the speed of a machine drifts; the tables show
@@ -14,6 +14,7 @@ medians of the rounds.
 
 import argparse
 import asyncio
+import importlib.metadata
 import json
 import math
 import os
@@ -22,11 +23,10 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,23 @@ from typing import Any
 import psutil
 import uvloop
 from load import CONNECTING, Server
-from run import HERE, LOAD_CORE, SERVER_CORE, heading, marked, middle, script, table, tell, uvicorn
+from run import (
+    CORES,
+    HERE,
+    LOAD_CORE,
+    SERVER_CORE,
+    heading,
+    marked,
+    middle,
+    script,
+    table,
+    tell,
+    uvicorn,
+)
 
 EVENT = re.compile(rb"#([0-9]+)\.")
-PUBLISHERS = 5  # connections; an event of a burst leaves on each
 TEXT = "Aston Villa 2, Newcastle United 1 (Watkins, 67th minute), seen by 41,288 people #{number}."
+BURST = 5  # events at a time, each on a connection of its own
 
 
 @dataclass(frozen=True)
@@ -63,17 +75,17 @@ class Candidate:
 
 
 OURS = uvicorn("recipes.feed:app", HERE.parent)
-NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin:/bin") or "nginx"
+NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 CANDIDATES = (
     Candidate("recipes/feed.py", OURS),
     Candidate("recipes/feed.py on Redis", OURS, redis=True),
-    Candidate("bare ASGI on uvicorn, a future for each reader", uvicorn("feed_bare_asgi:app")),
     Candidate(
         "nginx with nchan", (NGINX, "-c", "{tmp}/feed_nchan.conf", "-g", "daemon off;"), True
     ),
+    Candidate("bare ASGI, a future for each reader", uvicorn("feed_bare_asgi:app")),
     Candidate("FastAPI StreamingResponse, a queue for each reader", uvicorn("feed_fastapi:app")),
-    Candidate("sse-starlette, a queue for each reader", uvicorn("feed_starlette_sse:app")),
     Candidate("aiohttp-sse on uvloop, a queue for each reader", script("feed_aiohttp.py")),
+    Candidate("sse-starlette, a queue for each reader", uvicorn("feed_starlette_sse:app")),
 )
 
 
@@ -85,32 +97,31 @@ class Plan:
     readers: int
     rate: int  # events a second
     window: float
-    crowd: int  # readers of our own two, at an event a second
-    crowd_window: float
     catch_up: float  # for a server that is behind
+    crowd: int  # readers of our own, at an event a second
+    crowd_window: float
 
 
-FULL = Plan(5, 2000, 20, 5.0, 10_000, 20.0, 20.0)
-QUICK = Plan(1, 40, 20, 0.5, 100, 1.0, 20.0)
+FULL = Plan(5, 2000, 20, 5.0, 20.0, 10_000, 30.0)
+QUICK = Plan(1, 40, 20, 0.5, 20.0, 100, 2.0)
 
 
 # Measuring ----------------------------------------------------------------------------------------
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 @contextmanager
 def listening(
     name: str, command: list[str], port: int, core: int, **options: Any
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server on a core of its own, from when it listens to the end of the block."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            text=True,
-            preexec_fn=partial(os.sched_setaffinity, 0, [core]),
-            **options,
-        )
+        pin = partial(os.sched_setaffinity, 0, [core])
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=pin, **options)
         try:
             deadline = time.monotonic() + 60
             while socket.socket().connect_ex(("127.0.0.1", port)):
@@ -120,17 +131,11 @@ def listening(
                 time.sleep(0.05)
             yield process
         finally:
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children():  # nginx has one
+                    child.kill()
+            process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -138,25 +143,24 @@ def running(candidate: Candidate) -> Iterator[Server]:
     """Start a server, and a Redis for it if it wants one; end them with the block."""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    with tempfile.TemporaryDirectory() as tmp:
+    with ExitStack() as stack:
+        tmp = stack.enter_context(tempfile.TemporaryDirectory())
         config = (HERE / "servers/feed_nchan.conf").read_text()
         config = config.replace("{tmp}", tmp).replace("{port}", str(port))
         Path(tmp, "feed_nchan.conf").write_text(config)
-        words = [word.replace("{port}", str(port)) for word in candidate.command]
-        words = [word.replace("{tmp}", tmp) for word in words]
         if candidate.redis:
             redis_port = free_port()
+            words = ["redis-server", "--port", str(redis_port), "--save", "", "--dir", tmp]
+            stack.enter_context(listening("redis-server", words, redis_port, LOAD_CORE))
             environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}"
-            redis = ["redis-server", "--port", str(redis_port), "--save", "", "--dir", tmp]
-            with (
-                listening("redis-server", redis, redis_port, LOAD_CORE),
-                listening(candidate.name, words, port, SERVER_CORE, env=environment) as process,
-            ):
-                yield Server(port, process.pid)
-        else:
-            with listening(candidate.name, words, port, SERVER_CORE, env=environment) as process:
-                workers = psutil.Process(process.pid).children()  # nginx has one, the others none
-                yield Server(port, workers[0].pid if workers else process.pid)
+        words = [
+            word.replace("{port}", str(port)).replace("{tmp}", tmp) for word in candidate.command
+        ]
+        server = listening(candidate.name, words, port, SERVER_CORE, env=environment)
+        process = stack.enter_context(server)
+        # nginx is two processes, and the second does the work.
+        workers = psutil.Process(process.pid).children()
+        yield Server(port, workers[0].pid if workers else process.pid)
 
 
 @dataclass
@@ -167,7 +171,6 @@ class Counters:
     late: list[float] = field(default_factory=list)  # from publishing to delivery
     delivered: int = 0
     doubled: int = 0
-    closed: int = 0
 
 
 class Reader(asyncio.Protocol):
@@ -196,22 +199,14 @@ class Reader(asyncio.Protocol):
                 self.seen.add(number)
                 counters.delivered += 1
                 counters.late.append(now - counters.published[number])
-        self.rest = data[end:] if end else data[-16:]
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.counters.closed += 1
+        self.rest = data[end:][-16:]  # as long as what is looked for may be
 
 
 class Publisher(asyncio.Protocol):
     """Publishes on one connection, without waiting for the answers."""
 
-    answers = 0
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.answers += data.count(b"HTTP/1.1 2")
 
 
 class Load:
@@ -229,7 +224,7 @@ class Load:
         loop = asyncio.get_running_loop()
         address = "127.0.0.1", self.server.port
         gate = asyncio.Semaphore(CONNECTING)
-        for _ in range(PUBLISHERS):
+        for _ in range(BURST):
             _, publisher = await loop.create_connection(Publisher, *address)
             self.publishers.append(publisher)
 
@@ -238,7 +233,7 @@ class Load:
                 _, reader = await loop.create_connection(partial(Reader, self.counters), *address)
                 self.readers.append(reader)
 
-        # Whatever the server imports or caches with its first reader is none of the readers' cost.
+        # Whatever the server imports or caches with its first reader is none of a reader's cost.
         await connect()
         await self.until_all_read()
         self.memory_before = self.server.memory()
@@ -259,7 +254,7 @@ class Load:
 
     def publish(self) -> None:
         number = len(self.counters.published)
-        publisher = self.publishers[number % PUBLISHERS]
+        publisher = self.publishers[number % BURST]
         self.counters.published.append(time.perf_counter())
         publisher.transport.write(self.candidate.post(number))
 
@@ -268,6 +263,7 @@ class Load:
         counters, server = self.counters, self.server
         counters.late, counters.delivered, counters.doubled = [], 0, 0
         events = int(rate * seconds)
+        due = events * len(self.readers)
         loop = asyncio.get_running_loop()
         start, began = loop.time(), time.perf_counter()
         cpu, own_cpu = server.cpu(), time.process_time()
@@ -275,7 +271,6 @@ class Load:
             await asyncio.sleep(start + number / rate - loop.time())
             for _ in range(burst):
                 self.publish()
-        due = events * len(self.readers)
         limit = loop.time() + catch_up
         while counters.delivered < due and loop.time() < limit:
             await asyncio.sleep(0.01)
@@ -287,8 +282,6 @@ class Load:
             "due": due,
             "delivered": counters.delivered,
             "doubled": counters.doubled,
-            "closed": counters.closed,
-            "answers": sum(publisher.answers for publisher in self.publishers),
             "cpu": cpu / max(counters.delivered, 1) * 1e6,  # µs of the server's for a delivery
             "memory": (server.memory() - self.memory_before) / len(self.readers) / 1024,  # KB
             "late": [1e3 * late[int(q * (len(late) - 1))] for q in (0.5, 0.99, 1)],  # ms
@@ -296,30 +289,139 @@ class Load:
             "load_share": own_cpu / took,
         }
 
-    async def close(self) -> None:
-        for reader in self.readers:
-            reader.transport.abort()
-        while self.counters.closed < len(self.readers):
-            await asyncio.sleep(0.01)
+    def close(self) -> None:
+        for connection in (*self.readers, *self.publishers):
+            connection.transport.abort()
 
 
 async def watch(server: Server, candidate: Candidate, plan: Plan) -> list[dict[str, Any]]:
-    """Watch a server with single events, and with bursts of five."""
+    """Watch a server with single events, then with bursts."""
     load = Load(server, candidate)
     await load.open(plan.readers)
     seen = []
-    for burst in (1, PUBLISHERS):
+    for burst in (1, BURST):
         seen.append(await load.watch(plan.rate, burst, plan.window, plan.catch_up))
         if seen[-1]["delivered"] < seen[-1]["due"]:
             break  # what is late would be counted with the next
-    await load.close()
+    load.close()
     return seen
 
 
 async def watch_crowd(server: Server, candidate: Candidate, plan: Plan) -> dict[str, Any]:
-    """Watch a server with many readers and an event a second."""
+    """Watch a server with very many readers, and an event a second."""
     load = Load(server, candidate)
     await load.open(plan.crowd)
     seen = await load.watch(1, 1, plan.crowd_window, plan.catch_up)
-    await load.close()
+    load.close()
     return seen
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """Run it all; return what was seen in each round."""
+    results: dict[str, Any] = {
+        "heading": {**heading(), "others": others()},
+        "plan": asdict(plan),
+        "single": {candidate.name: [] for candidate in CANDIDATES},
+        "bursts": {candidate.name: [] for candidate in CANDIDATES},
+        "crowd": {},
+    }
+    for number in range(plan.rounds):
+        for candidate in CANDIDATES:
+            tell(f"{plan.readers} readers, round {number + 1} of {plan.rounds}: {candidate.name}")
+            with running(candidate) as server:
+                windows = uvloop.run(watch(server, candidate, plan))
+            for kind, window in zip(("single", "bursts"), windows, strict=False):
+                results[kind][candidate.name].append(window)
+    for candidate in (c for c in CANDIDATES if c.command == OURS):
+        tell(f"{plan.crowd} readers: {candidate.name}")
+        with running(candidate) as server:
+            results["crowd"][candidate.name] = [uvloop.run(watch_crowd(server, candidate, plan))]
+    return results
+
+
+def others() -> str:
+    """The versions of what is no Python."""
+    nginx = subprocess.run([NGINX, "-v"], capture_output=True, text=True, check=True).stderr
+    redis = subprocess.run(["redis-server", "-v"], capture_output=True, text=True, check=True)
+    nchan = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", "libnginx-mod-nchan"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    versions = {
+        "redis-py": importlib.metadata.version("redis"),
+        "nginx": nginx.strip().rpartition("/")[2],
+        "nchan": nchan.stdout.rpartition(":")[2].partition("+")[0] or "?",
+        "Redis": redis.stdout.partition("v=")[2].partition(" ")[0],
+    }
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+# Showing ------------------------------------------------------------------------------------------
+
+
+def rows(seen: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """A row of medians for each server. One that was too far behind for the window has none."""
+    shown = []
+    for name, rounds in seen.items():
+        if rounds:
+            late = [median(window["late"][i] for window in rounds) for i in (0, 1)]
+            missing = sum(window["due"] - window["delivered"] for window in rounds)
+            shown.append(
+                [
+                    name,
+                    marked(f"{middle(rounds, 'cpu'):.1f}", rounds),
+                    f"{middle(rounds, 'memory'):.1f}",
+                    *[marked(f"{value:,.0f}", rounds) for value in late],
+                    f"{middle(rounds, 'server_share'):.0%}",
+                    f"{missing:,}",
+                    str(sum(window["doubled"] for window in rounds)),
+                ]
+            )
+    return shown
+
+
+def render(results: dict[str, Any]) -> str:
+    """The tables of fanout.md, from what is in fanout.json."""
+    plan, about = results["plan"], results["heading"]
+    head = ["server", "CPU µs a delivery", "KB a reader", "p50 ms", "p99 ms", "of its core"]
+    head += ["missing", "doubled"]
+    each = f"{plan['readers']:,} readers, {plan['rate']} events a second"
+    parts = [
+        f"Measured on {about['date']}: {about['machine']}. {about['versions']}, {about['others']}.",
+        f"{each}, one at a time:",
+        table(head, rows(results["single"])),
+        f"{each}, in bursts of {BURST}:",
+        table(head, rows(results["bursts"])),
+        f"{plan['crowd']:,} readers, an event a second:",
+        table(head, rows(results["crowd"])),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Measure, print the tables, and write them down."""
+    parser = argparse.ArgumentParser(description="Measure what an event for everybody costs.")
+    parser.add_argument("--quick", action="store_true", help="small numbers, which say nothing")
+    arguments = parser.parse_args()
+    if len(CORES) < 2:
+        raise SystemExit("The benchmark needs two cores: one for the server, one for the load.")
+    plan = QUICK if arguments.quick else FULL
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = max(plan.readers, plan.crowd) + 200
+    if soft < need:
+        if hard < need:
+            raise SystemExit(f"The benchmark needs {need} open files, `ulimit -n` allows {hard}.")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    os.sched_setaffinity(0, [LOAD_CORE])
+    results = measure(plan)
+    print(render(results))
+    if not arguments.quick:
+        text = json.dumps(results, indent=1, ensure_ascii=False)
+        (HERE / "fanout.json").write_text(f"{text}\n")
+        (HERE / "fanout.md").write_text(render(results))
+
+
+if __name__ == "__main__":
+    main()
