@@ -290,8 +290,10 @@ class Load:
         }
 
     def close(self) -> None:
-        for connection in (*self.readers, *self.publishers):
-            connection.transport.abort()
+        for reader in self.readers:
+            reader.transport.abort()
+        for publisher in self.publishers:
+            publisher.transport.abort()
 
 
 async def watch(server: Server, candidate: Candidate, plan: Plan) -> list[dict[str, Any]]:
