@@ -271,8 +271,8 @@ def trouble_readers(it: Setting, _: Publisher) -> str:
         for pause in [pause for pause in paused if pause[0] < time.monotonic()]:
             it.sources.pause(pause[1], False)
             paused.remove(pause)
-    for _, source in paused:
-        it.sources.pause(source, False)
+    for pause in paused:
+        it.sources.pause(pause[1], False)
     return f"{left} times a reader left"
 
 
