@@ -224,9 +224,6 @@ class Load:
         loop = asyncio.get_running_loop()
         address = "127.0.0.1", self.server.port
         gate = asyncio.Semaphore(CONNECTING)
-        for _ in range(BURST):
-            _, publisher = await loop.create_connection(Publisher, *address)
-            self.publishers.append(publisher)
 
         async def connect() -> None:
             async with gate:
@@ -242,8 +239,9 @@ class Load:
 
     async def until_all_read(self) -> None:
         """Publish an event now and then, until one has come to all readers."""
+        await self.open_publishers(1)
         for _ in range(300):
-            self.publish()
+            self.publish(0)
             await asyncio.sleep(0.2)
             if all(reader.seen for reader in self.readers):
                 last = len(self.counters.published) - 1
@@ -252,14 +250,22 @@ class Load:
                 return
         raise SystemExit(f"{self.candidate.name}: not all readers get what is published")
 
-    def publish(self) -> None:
+    async def open_publishers(self, count: int) -> None:
+        """Open new connections to publish on: uvicorn closes one that was idle for 5 seconds."""
+        self.close_publishers()
+        loop = asyncio.get_running_loop()
+        for _ in range(count):
+            _, publisher = await loop.create_connection(Publisher, "127.0.0.1", self.server.port)
+            self.publishers.append(publisher)
+
+    def publish(self, connection: int) -> None:
         number = len(self.counters.published)
-        publisher = self.publishers[number % BURST]
         self.counters.published.append(time.perf_counter())
-        publisher.transport.write(self.candidate.post(number))
+        self.publishers[connection].transport.write(self.candidate.post(number))
 
     async def watch(self, rate: int, burst: int, seconds: float, catch_up: float) -> dict[str, Any]:
         """Publish `rate` events a second, `burst` of them at a time, and look at what comes."""
+        await self.open_publishers(burst)
         counters, server = self.counters, self.server
         counters.late, counters.delivered, counters.doubled = [], 0, 0
         events = int(rate * seconds)
@@ -269,8 +275,8 @@ class Load:
         cpu, own_cpu = server.cpu(), time.process_time()
         for number in range(0, events, burst):
             await asyncio.sleep(start + number / rate - loop.time())
-            for _ in range(burst):
-                self.publish()
+            for connection in range(burst):
+                self.publish(connection)
         limit = loop.time() + catch_up
         while counters.delivered < due and loop.time() < limit:
             await asyncio.sleep(0.01)
@@ -289,11 +295,15 @@ class Load:
             "load_share": own_cpu / took,
         }
 
-    def close(self) -> None:
-        for reader in self.readers:
-            reader.transport.abort()
+    def close_publishers(self) -> None:
         for publisher in self.publishers:
             publisher.transport.abort()
+        self.publishers.clear()
+
+    def close(self) -> None:
+        self.close_publishers()
+        for reader in self.readers:
+            reader.transport.abort()
 
 
 async def watch(server: Server, candidate: Candidate, plan: Plan) -> list[dict[str, Any]]:
