@@ -1,17 +1,41 @@
-"""The benchmarks of export and tail: they run, and recipes/README.md shows what they measured."""
+"""The benchmarks of the recipes: they run, and recipes/README.md shows what they measured."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.support.processes import LIMIT, ROOT, need
+from tests.support.processes import LIMIT, ROOT, miss, need
 
 sys.path.append(str(ROOT / "bench"))
 import export
+import fanout
 import tail
+
+
+def test_fanout_runs_and_everybody_gets_everything() -> None:
+    need("nginx", "nginx")
+    need("redis-server", "redis-server")
+    if not Path("/usr/lib/nginx/modules/ngx_nchan_module.so").exists():
+        miss("nchan", "libnginx-mod-nchan")
+    command = [sys.executable, "bench/fanout.py", "--quick"]
+    shown = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=LIMIT * 4
+    ).stdout
+    single, bursts, crowd = (
+        [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+        for table in shown.split("\n\n")
+        if table.startswith("|")
+    )
+    assert [row[0] for row in single] == [candidate.name for candidate in fanout.CANDIDATES]
+    assert [row[0] for row in bursts] == [candidate.name for candidate in fanout.CANDIDATES]
+    assert [row[0] for row in crowd] == [
+        candidate.name for candidate in fanout.CANDIDATES if candidate.command == fanout.OURS
+    ]
+    assert {tuple(row[-2:]) for row in single + bursts + crowd} == {("0", "0")}
 
 
 @pytest.mark.parametrize("bench", [export, tail])
@@ -25,7 +49,7 @@ def test_it_runs(bench: ModuleType) -> None:
     assert shown.startswith("Measured on ")
 
 
-@pytest.mark.parametrize("bench", [export, tail])
+@pytest.mark.parametrize("bench", [export, tail, fanout])
 def test_the_readme_shows_what_was_measured(bench: ModuleType) -> None:
     results = json.loads((ROOT / f"bench/{bench.__name__}.json").read_text())
     tables = (ROOT / f"bench/{bench.__name__}.md").read_text()

@@ -115,6 +115,21 @@ def test_two_commands_do_all_the_set_up() -> None:
     assert README.only("test command").count("\n") == 1
 
 
+def test_ci_installs_what_tests_need() -> None:
+    """On this machine it may be there for another reason."""
+    installed = re.findall(r'^packages="(.*?)"', (ROOT / ".ci/run").read_text(), re.M | re.S)
+    named = (
+        package
+        for file in (ROOT / "tests").glob("*/*.py")
+        for packages in re.findall(r'(?:need|miss)\("[^"]+", "([^"]+)"', file.read_text())
+        for package in packages.split()
+    )
+    assert set(named) - set(installed[0].split()) <= {
+        "nodejs",
+        "npm",
+    }  # only where they are missing
+
+
 def test_bytes_on_the_wire() -> None:
     event = main.Event(event_id=0, data="Step 1 of 10: ☕", is_last_event=False)
     text, ndjson, sse = (

@@ -373,6 +373,12 @@ def run(fault: Fault, readers: int) -> Result:
         return result
 
 
+HEAD = (
+    "| fault | readers | events | lost | doubled | out of order | gaps told | besides |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+)
+
+
 def main() -> int:
     """Print the table; return 1 if an event was lost, doubled or out of order."""
     parser = argparse.ArgumentParser(description="Make the table of faults of recipes/feed.py.")
@@ -380,8 +386,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only faults whose name has this in it")
     arguments = parser.parse_args()
     failed = False
-    print("| fault | readers | events | lost | doubled | out of order | gaps told | besides |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    print(HEAD)
     with many_descriptors(4 * arguments.readers + 200):
         for fault in FAULTS:
             if arguments.only in fault.name:

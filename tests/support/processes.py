@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -47,8 +47,13 @@ def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> A
 def need(program: str, package: str, places: str = "/usr/sbin:/sbin") -> str:
     """Return the path of a program; without it skip the test, or with CI=true fail it."""
     path = shutil.which(program) or shutil.which(program, path=places)
-    if path:
-        return path
+    if not path:
+        miss(program, package)
+    return path
+
+
+def miss(program: str, package: str) -> NoReturn:
+    """Skip the test, or with CI=true fail it, because a program is not installed."""
     message = f"{program} is not installed: apt-get install {package}"
     if os.environ.get("CI") == "true":
         pytest.fail(message)
