@@ -27,7 +27,7 @@ from run import heading, table
 from sqlalchemy import create_engine
 
 sys.path.append(str(Path(__file__).parents[1]))
-from recipes.export import COLUMNS, fill
+from recipes.export import BATCH, COLUMNS, fill
 
 HERE = Path(__file__).parent
 
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 MODULES = f"""
 import csv, io, sqlite3, sys
 rows = sqlite3.connect(sys.argv[1]).execute("SELECT {", ".join(COLUMNS)} FROM orders ORDER BY id")
-while batch := rows.fetchmany(1000):
+while batch := rows.fetchmany({BATCH}):
     lines = io.StringIO(newline="")
     csv.writer(lines).writerows(batch)
     sys.stdout.buffer.write(lines.getvalue().encode())
@@ -176,7 +176,7 @@ def render(results: dict[str, Any]) -> str:
         [
             [title, f"{part / middle(name):,.0f}", f"{middle(name) / part * 1e6:.1f}"]
             for title, name in (
-                ("1,000 rows at a time", "batches"),
+                (f"{BATCH} rows at a time", "batches"),
                 ("one row at a time", "one_row"),
             )
         ],

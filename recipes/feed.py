@@ -295,6 +295,8 @@ class RedisLog(Log):
         self.floor = self.last = UNKNOWN
         self.following: asyncio.Task[None] | None = None
         self.tried = asyncio.Event()
+        self.posted: list[tuple[str, asyncio.Future[str]]] = []
+        self.publishing: asyncio.Task[None] | None = None
         self.reader, self.publisher = (self.connect(url), self.connect(url))
 
     def connect(self, url: str) -> Redis:
@@ -311,15 +313,39 @@ class RedisLog(Log):
         return Redis.from_pool(pool)
 
     async def publish(self, data: str) -> EventId:
+        entry: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.posted.append((data, entry))
+        if self.publishing is None or self.publishing.done():
+            self.publishing = asyncio.create_task(self.publish_posted())
         try:
             async with asyncio.timeout(self.PATIENCE):
-                # One more than a server keeps: a server that missed what was trimmed here has
-                # then too much to keep the place of its readers, and they are told.
-                entry = await self.publisher.xadd(self.KEY, {"data": data}, maxlen=KEEP + 1)
+                return EventId.parse(await entry)
         except Exception as error:
             logger.warning("Not known to be published: %s: %s", type(error).__name__, error)
             raise LogIsAway from error
-        return EventId.parse(str(entry))
+
+    async def publish_posted(self) -> None:
+        """What is posted while the connection is busy then goes to Redis all at once."""
+        while self.posted:
+            batch = [(data, entry) for data, entry in self.posted if not entry.done()]
+            self.posted = []
+            entries: list[Any]
+            try:
+                pipeline = self.publisher.pipeline(transaction=False)
+                for data, _ in batch:
+                    # One more than a server keeps: a server that missed what was trimmed here has
+                    # then too much to keep the place of its readers, and they are told.
+                    pipeline.xadd(self.KEY, {"data": data}, maxlen=KEEP + 1)
+                entries = await pipeline.execute(raise_on_error=False)
+            except Exception as error:
+                entries = [error] * len(batch)
+            for (_, entry), answer in zip(batch, entries, strict=True):
+                if entry.done():  # it took too long
+                    continue
+                if isinstance(answer, Exception):
+                    entry.set_exception(answer)
+                else:
+                    entry.set_result(answer)
 
     async def follow(self) -> None:
         await super().follow()

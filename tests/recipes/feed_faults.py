@@ -316,8 +316,8 @@ def count_connections(it: Setting, _: Publisher) -> str:
         while not all(post.done() for post in posts):
             most = max(most, it.redis.connections())
             time.sleep(0.01)
-    assert {post.result().status_code for post in posts} == {201}
-    return f"{most} connections to Redis by two servers"
+    refused = sum(post.result().status_code != 201 for post in posts)
+    return f"{most} connections to Redis by two servers, {refused} refused"
 
 
 @dataclass(frozen=True)

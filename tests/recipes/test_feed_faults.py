@@ -25,6 +25,8 @@ def test_a_fault(name: str) -> None:
     seen = feed_faults.run(FAULTS[name], 20)
     assert seen.events
     assert (seen.lost, seen.doubled, seen.disordered) == (0, 0, 0)
+    if connections := re.search("([0-9]+) connections to Redis by two servers", seen.note):
+        assert 0 < int(connections[1]) <= 6
 
 
 def test_the_table_is_of_what_feed_faults_py_does() -> None:
