@@ -1,6 +1,6 @@
 """What an event for everybody costs: recipes/feed.py beside the alternatives, in one run.
 
-Run it with `python bench/fanout.py` (a quarter of an hour, on a machine that does nothing else), or
+Run it with `python bench/fanout.py` (ten minutes, on a machine that does nothing else), or
 with `--quick` to see in half a minute that it works. It prints the tables, and writes fanout.json
 and fanout.md. It wants Debian's nginx, libnginx-mod-nchan and redis-server.
 
