@@ -64,6 +64,17 @@ def test_the_table_of_stopped_servers_is_of_what_faults_py_does() -> None:
     assert vanished[0] == faults.VANISH
 
 
+def test_the_table_of_the_others_with_end_streams_is_of_what_faults_py_does() -> None:
+    head, *ended = table("The others with `EndStreams` in front")
+    assert head[2:] == list(faults.ENDED)
+    assert [row[0] for row in ended] == [
+        fault.name for fault in faults.FAULTS if fault.strike is not faults.pull_the_plug
+    ]
+    assert {cell.partition(";")[0] for row in ended for cell in row[2:]} == {
+        "0 lost, 0 doubled, 0 cut off"
+    }
+
+
 def test_the_picture_is_of_that_table() -> None:
     drawn = picture.draw(picture.README.read_text())
     assert picture.PICTURE.read_text() == drawn, "run python -m tests.stopping.picture"

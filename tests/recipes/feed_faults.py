@@ -353,7 +353,6 @@ FAULTS = [
         "a reader reads nothing",
         stop_reading,
         redis=False,
-        rate=100,
         size=4000,
         receive_buffer=4096,
     ),
