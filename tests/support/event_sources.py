@@ -6,6 +6,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 import asyncio
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Iterator
@@ -188,7 +189,9 @@ class Connection(asyncio.Protocol):
             elif not field:
                 self.source.comments += 1
         if data:
-            self.source.events.append(Event(self.source.last_event_id, "\n".join(data), name))
+            # Interned: a thousand readers get the same.
+            text = sys.intern("\n".join(data))
+            self.source.events.append(Event(self.source.last_event_id, text, name))
             self.source.times.append(time.monotonic())
 
     def on_message_complete(self) -> None:
