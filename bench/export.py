@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from load import Server
+from load import Server, free_port
 from run import heading, table
 from sqlalchemy import create_engine
 
@@ -46,8 +46,7 @@ ONE_ROW = 50  # one row at a time is tried on a part of the table only: rows / 5
 @contextmanager
 def running(file: Path) -> Iterator[Server]:
     """The recipe, on this database."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "one_row:app", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--log-level", "warning", "--app-dir", str(HERE / "servers")],

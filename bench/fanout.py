@@ -35,7 +35,7 @@ from typing import Any
 
 import psutil
 import uvloop
-from load import CONNECTING, Server
+from load import CONNECTING, Server, free_port
 from run import (
     CORES,
     HERE,
@@ -109,11 +109,6 @@ QUICK = Plan(1, 40, 20, 0.5, 20.0, 100, 2.0)
 # Measuring ----------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def listening(
     name: str, command: list[str], port: int, core: int, **options: Any
@@ -158,9 +153,12 @@ def running(candidate: Candidate) -> Iterator[Server]:
         ]
         server = listening(candidate.name, words, port, SERVER_CORE, env=environment)
         process = stack.enter_context(server)
-        # nginx is two processes, and the second does the work.
-        workers = psutil.Process(process.pid).children()
-        yield Server(port, workers[0].pid if workers else process.pid)
+        pid = process.pid
+        if candidate.command[0] == NGINX:  # two processes, and the second does the work
+            while not (workers := psutil.Process(pid).children()):
+                time.sleep(0.05)
+            pid = workers[0].pid
+        yield Server(port, pid)
 
 
 @dataclass

@@ -9,10 +9,12 @@ It knows an event by its text, which is the same in all formats, and checks that
 import asyncio
 import ctypes
 import math
+import random
 import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -25,6 +27,17 @@ OPENERS = 16  # connections that open one stream after another
 def request(path: str, steps: int, interval: float) -> bytes:
     """A GET for a stream, as bytes."""
     return f"GET {path}?steps={steps}&interval={interval} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on.
+
+    Below those that the kernel hands out to connections (32768 and up), or one might get it first.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Server:

@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import uvloop
-from load import Load, Server, Window, open_streams, read_one
+from load import Load, Server, Window, free_port, open_streams, read_one
 from readers import READERS
 
 HERE = Path(__file__).parent
@@ -145,8 +145,7 @@ QUICK = Plan(
 @contextmanager
 def running(candidate: Candidate) -> Iterator[Server]:
     """Start the server on its core, and end it with its block."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [word.replace("{port}", str(port)) for word in candidate.command],

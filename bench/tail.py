@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from load import Server
+from load import Server, free_port
 from run import heading, table
 
 HERE = Path(__file__).parent
@@ -30,8 +30,7 @@ BURST = 100_000  # lines
 @contextmanager
 def running(log: Path) -> Iterator[Server]:
     """The recipe, on this log."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "recipes.tail:app", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--no-access-log", "--log-level", "warning"],
