@@ -236,8 +236,12 @@ class Reader(Stream):
         if after > log.last and (log.shared or log.end == self.came):
             return b""  # another server was quicker; where there is no other, it is not our id
         if log.floor <= after <= log.last:
-            self.place = log.start + bisect_right(log.ids, after)
-            return self.next_chunk()
+            passed = bisect_right(log.ids, after)
+            self.place = log.start + passed
+            if after in (log.floor, *log.ids[passed - 1 : passed]):
+                return self.next_chunk()
+            # Redis was killed before it had written that event down, and others perhaps.
+            return gap(f"Nobody knows {after} any more, nor what came before and after it.")
         self.place = log.start
         return gap(f"What came after {after} is no longer kept.")
 

@@ -338,7 +338,7 @@ class Fault:
 FAULTS = [
     Fault("`kill -9` of a server", kill_a_server),
     Fault("rolling restart behind nginx", restart_one_after_the_other, nginx=True),
-    Fault("Redis killed, started again with its append-only file", kill_redis),
+    Fault("Redis killed, started again (`appendfsync always`)", kill_redis),
     Fault("Redis stalled for 10 s", stall_redis),
     Fault("the line from a server to Redis falls silent", silence),
     Fault("Redis trims what a server has not read", trim),

@@ -201,11 +201,12 @@ def test_a_comment_after_a_silence(server: Process, readers: EventSources) -> No
 def test_a_reader_that_does_not_read(server: Process, readers: EventSources) -> None:
     slow, *others = readers.open(server.port, 4)
     readers.pause(slow)
-    texts = numbers(0, 4 * KEEP, size=8000)
-    publish(server, *texts[: 2 * KEEP])
-    wait_for_data(others, *texts[: 2 * KEEP])
+    texts = numbers(0, 6 * KEEP, size=8000)
+    for begin in (0, 2 * KEEP):  # twice, until the allocator has what it needs
+        publish(server, *texts[begin : begin + 2 * KEEP])
+        wait_for_data(others, *texts[: begin + 2 * KEEP])
     memory = psutil.Process(server.pid).memory_info().rss
-    publish(server, *texts[2 * KEEP :])
+    publish(server, *texts[4 * KEEP :])
     wait_for_data(others, *texts)  # nobody waits for the one
     # Those that are no longer kept are 16 MB.
     assert psutil.Process(server.pid).memory_info().rss < memory + 8e6

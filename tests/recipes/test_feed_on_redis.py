@@ -228,6 +228,20 @@ def test_a_server_that_starts_before_redis(
     assert not new.gaps + back.gaps
 
 
+def test_an_id_that_redis_has_lost(
+    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+) -> None:
+    """A server that has just started cannot know what else was lost."""
+    for event_id in ("1-0", "2-0", "4-0"):
+        redis.client.xadd(RedisLog.KEY, {"data": event_id}, id=event_id)
+    server = serve(start, tmp_path, redis.port)
+    asked = [readers.open(server.port, last_event_id=f"{n}-0")[0] for n in range(1, 5)]
+    publish(server, "new")
+    wait_for(lambda: all("new" in source.data for source in asked), "the last event")
+    assert [source.data[:-1] for source in asked] == [["2-0", "4-0"], ["4-0"], ["4-0"], []]
+    assert [len(source.gaps) for source in asked] == [0, 0, 1, 0]
+
+
 def test_what_others_put_into_the_stream(
     start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
 ) -> None:

@@ -186,6 +186,8 @@ def chromium(profile: Path) -> Iterator[Chromium]:
         pytest.skip(message)
     browser = Chromium(driver)
     browser.resize(*SIZE)
+    browser.open("about:blank")  # and not the page of a new tab, which wants the network
+    browser.console()
     try:
         yield browser
     finally:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 class RedisServer(Process):
     """It writes down each command before it answers: killed and started again it has lost nothing.
 
-    (A machine that loses power may lose the last second.)
+    Without `appendfsync always` it would put off writing while the disk is busy, for seconds.
     """
 
     def __init__(self, directory: Path, *options: str) -> None:
@@ -26,7 +26,9 @@ class RedisServer(Process):
         command = [need("redis-server", "redis-server"), "--bind", "127.0.0.1"]
         command += ["--port", str(port), "--dir", str(directory), "--save", ""]
         super().__init__(
-            [*command, "--appendonly", "yes", *options], directory / f"redis-{port}.log", port
+            [*command, "--appendonly", "yes", "--appendfsync", "always", *options],
+            directory / f"redis-{port}.log",
+            port,
         )
 
     @property
