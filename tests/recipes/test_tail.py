@@ -278,7 +278,9 @@ def test_a_slow_reader_gets_all_and_takes_no_memory(server: Process, log: Path) 
     assert read_until([quick], lambda: b"data: 19999 " in quick.body)
     quick.close()
     assert process.memory_info().rss - before < 10_000_000
-    assert read_until([slow], lambda: b"data: 19999 " in slow.body[-2000:])
+    assert read_until(
+        [slow], lambda: b"data: 19999 " in slow.body[-2000:] and slow.body.endswith(b"\n\n")
+    )
     slow.close()
     numbers = [int(event.data.split()[0]) for event in parse(bytes(slow.body))]
     assert numbers == list(range(20_000))
