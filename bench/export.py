@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from load import Server, free_port
+from load import Server, free_port, listening
 from run import heading, table
 from sqlalchemy import create_engine
 
@@ -48,19 +47,10 @@ def running(file: Path) -> Iterator[Server]:
     """The recipe, on this database."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "one_row:app", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--log-level", "warning", "--app-dir", str(HERE / "servers")],
-        env={**os.environ, "DATABASE_URL": f"sqlite:///{file}", "PYTHONPATH": str(HERE.parent)},
-    )
-    try:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            if process.poll() is not None:
-                raise SystemExit("The recipe does not start.")
-            time.sleep(0.05)
+    command += ["--log-level", "warning", "--app-dir", str(HERE / "servers")]
+    environment = {"DATABASE_URL": f"sqlite:///{file}", "PYTHONPATH": str(HERE.parent)}
+    with listening("The recipe", command, port, env={**os.environ, **environment}) as process:
         yield Server(port, process.pid)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def seconds(*command: str) -> float:

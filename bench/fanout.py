@@ -19,9 +19,7 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -35,7 +33,7 @@ from typing import Any
 
 import psutil
 import uvloop
-from load import CONNECTING, Server, free_port
+from load import CONNECTING, Server, allow_open_files, free_port, listening
 from run import (
     CORES,
     HERE,
@@ -107,30 +105,6 @@ QUICK = Plan(1, 40, 20, 0.5, 20.0, 100, 2.0)
 
 
 # Measuring ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def listening(
-    name: str, command: list[str], port: int, core: int, **options: Any
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server on a core of its own, from when it listens to the end of the block."""
-    with tempfile.TemporaryFile("w+") as log:
-        pin = partial(os.sched_setaffinity, 0, [core])
-        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=pin, **options)
-        try:
-            deadline = time.monotonic() + 60
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"{name} does not start:\n{log.read()}")
-                time.sleep(0.05)
-            yield process
-        finally:
-            if process.poll() is None:
-                for child in psutil.Process(process.pid).children():  # nginx has one
-                    child.kill()
-            process.kill()
-            process.wait()
 
 
 @contextmanager
@@ -418,12 +392,7 @@ def main() -> None:
     if len(CORES) < 2:
         raise SystemExit("The benchmark needs two cores: one for the server, one for the load.")
     plan = QUICK if arguments.quick else FULL
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = max(plan.readers, plan.crowd) + 200
-    if soft < need:
-        if hard < need:
-            raise SystemExit(f"The benchmark needs {need} open files, `ulimit -n` allows {hard}.")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    allow_open_files(max(plan.readers, plan.crowd) + 200)
     os.sched_setaffinity(0, [LOAD_CORE])
     results = measure(plan)
     print(render(results))

@@ -9,13 +9,19 @@ It knows an event by its text, which is the same in all formats, and checks that
 import asyncio
 import ctypes
 import math
+import os
 import random
 import re
+import resource
 import socket
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import psutil
 
@@ -38,6 +44,39 @@ def free_port() -> int:
         port = random.randrange(10_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+@contextmanager
+def listening(
+    name: str, command: Iterable[str], port: int, core: int | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server, on this core if one is given, from when it listens to the end of the block."""
+    pin = None if core is None else partial(os.sched_setaffinity, 0, [core])
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(list(command), stdout=log, stderr=log, preexec_fn=pin, **options)
+        try:
+            deadline = time.monotonic() + 60
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"{name} does not start:\n{log.read()}")
+                time.sleep(0.05)
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children():  # nginx has one
+                    child.kill()
+            process.kill()
+            process.wait()
+
+
+def allow_open_files(need: int) -> None:
+    """Let this process and its servers have so many files open, or exit and say what is missing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < need:
+        if hard < need:
+            raise SystemExit(f"The benchmark needs {need} open files, `ulimit -n` allows {hard}.")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 class Server:

@@ -14,24 +14,29 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import uvloop
-from load import Load, Server, Window, free_port, open_streams, read_one
+from load import (
+    Load,
+    Server,
+    Window,
+    allow_open_files,
+    free_port,
+    listening,
+    open_streams,
+    read_one,
+)
 from readers import READERS
 
 HERE = Path(__file__).parent
@@ -146,28 +151,13 @@ QUICK = Plan(
 def running(candidate: Candidate) -> Iterator[Server]:
     """Start the server on its core, and end it with its block."""
     port = free_port()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [word.replace("{port}", str(port)) for word in candidate.command],
-            stdout=log,
-            stderr=log,
-            preexec_fn=partial(os.sched_setaffinity, 0, [SERVER_CORE]),
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"{candidate.name} does not start:\n{log.read()}")
-                time.sleep(0.05)
-            server = Server(port, process.pid)
-            if candidate is not CANNED:  # whatever it imports or caches with its first streams
-                uvloop.run(open_streams(server, candidate.path, 0.1))
-                time.sleep(0.2)  # and until it has closed them
-            yield server
-        finally:
-            process.kill()
-            process.wait()
+    command = [word.replace("{port}", str(port)) for word in candidate.command]
+    with listening(candidate.name, command, port, SERVER_CORE) as process:
+        server = Server(port, process.pid)
+        if candidate is not CANNED:  # whatever it imports or caches with its first streams
+            uvloop.run(open_streams(server, candidate.path, 0.1))
+            time.sleep(0.2)  # and until it has closed them
+        yield server
 
 
 def tell(what: str) -> None:
@@ -462,12 +452,7 @@ def main() -> None:
     if len(CORES) < 2:
         raise SystemExit("The benchmark needs two cores: one for the server, one for the load.")
     plan = QUICK if arguments.quick else FULL
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = max(plan.streams, *plan.growth) + 200
-    if soft < need:
-        if hard < need:
-            raise SystemExit(f"The benchmark needs {need} open files, `ulimit -n` allows {hard}.")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    allow_open_files(max(plan.streams, *plan.growth) + 200)
     os.sched_setaffinity(0, [LOAD_CORE])
     results = measure(plan)
     print(render(results))

@@ -9,8 +9,6 @@ import asyncio
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from load import Server, free_port
+from load import Server, free_port, listening
 from run import heading, table
 
 HERE = Path(__file__).parent
@@ -32,20 +30,10 @@ def running(log: Path) -> Iterator[Server]:
     """The recipe, on this log."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "recipes.tail:app", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--no-access-log", "--log-level", "warning"],
-        cwd=HERE.parent,
-        env={**os.environ, "LOG": str(log)},
-    )
-    try:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            if process.poll() is not None:
-                raise SystemExit("The recipe does not start.")
-            time.sleep(0.05)
+    command += ["--no-access-log", "--log-level", "warning"]
+    environment = {**os.environ, "LOG": str(log)}
+    with listening("The recipe", command, port, cwd=HERE.parent, env=environment) as process:
         yield Server(port, process.pid)
-    finally:
-        process.kill()
-        process.wait()
 
 
 class Reader(asyncio.Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.browsers import BROWSERS, Browser
+from tests.support.browsers import BROWSERS, EACH, Browser
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import UVICORN, Process, Start, free_port
 
@@ -61,7 +61,7 @@ def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         yield started
 
 
-@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in BROWSERS])
+@pytest.fixture(params=EACH)
 def browser(
     request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
 ) -> Iterator[Browser]:

@@ -14,19 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.browsers import BROWSERS, SIZE, Browser, Chromium
-from tests.support.npm import node_modules
+from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
 from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, free_port, need, wait_for
 
 PAGE = ROOT / "page"
 LANES = ("text", "ndjson", "sse")
 
-# They share a browser, so they run one after the other in one worker.
-in_each_browser = pytest.mark.parametrize(
-    "browser",
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BROWSERS],
-    indirect=True,
-)
+in_each_browser = pytest.mark.parametrize("browser", EACH, indirect=True)
 # Chromium has most of the tests, and so a second worker.
 in_chromium = pytest.mark.parametrize(
     "browser", [pytest.param("chromium", marks=pytest.mark.xdist_group("more"))], indirect=True
@@ -71,8 +65,7 @@ def browser(
     """A browser; whatever else the test looks at, nothing unexpected is on its console."""
     browser = browsers(request.param)
     yield browser
-    unexpected = [entry for entry in browser.console() if not NETWORK.search(entry)]
-    browser.open("about:blank")
+    unexpected = leave(browser, NETWORK)
     assert not unexpected, "\n".join(unexpected)
 
 
@@ -576,24 +569,13 @@ def check_tracks(browser: Browser, width: int) -> None:
 
 @in_chromium
 def test_accessibility(browser: Chromium, server: Process) -> None:
-    axe = (node_modules() / "axe-core" / "axe.min.js").read_text()
-    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-
-    def violations(only: list[str]) -> list[tuple[str, list[str]]]:
-        result = browser.driver.execute_async_script(
-            "const [only, done] = arguments;"
-            "axe.run({ runOnly: only }).then(done, (error) => done({ error }))",
-            only,
-        )
-        assert result["passes"], "axe has looked at the page"
-        return [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in result["violations"]]
+    rules = "wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"
 
     def check(when: str) -> None:
-        browser.run(axe)
-        assert violations(rules) == [], when
+        assert browser.violations(*rules) == [], when
         browser.darken()
         try:
-            assert violations(["color-contrast"]) == [], f"{when}, dark"
+            assert browser.violations("color-contrast") == [], f"{when}, dark"
         finally:
             browser.darken(False)
 

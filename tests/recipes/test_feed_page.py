@@ -8,15 +8,15 @@ import httpx
 import pytest
 
 from main import PAGE_HEADERS
-from tests.support.browsers import BROWSERS, SIZE, Browser, Chromium
-from tests.support.npm import node_modules
+from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
 from tests.support.processes import Process, Start, free_port, need, wait_for
 from tests.support.readme import Readme, Terminal, commands, shows
 from tests.support.recipes import start_recipe
 
-in_each_browser = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BROWSERS]
-)
+in_each_browser = pytest.mark.parametrize("name", EACH)
+
+# What Chromium logs by itself of a connection that broke, and of a status.
+NETWORK = re.compile("Failed to load resource: (net::ERR_|.* status of 502)")
 
 Opened = Callable[[str], Browser]
 
@@ -39,15 +39,7 @@ def page(browsers: Opened, server: Process) -> Iterator[Opened]:
         return browser
 
     yield page
-    unexpected = [
-        entry
-        for browser in opened
-        for entry in browser.console()
-        # What Chromium logs by itself of a connection that broke, and of a status.
-        if not re.search("Failed to load resource: (net::ERR_|.* status of 502)", entry)
-    ]
-    for browser in opened:
-        browser.open("about:blank")
+    unexpected = [entry for browser in opened for entry in leave(browser, NETWORK)]
     assert not unexpected, "\n".join(unexpected)
 
 
@@ -200,14 +192,9 @@ def test_accessible_bounded_and_no_wider_than_a_phone(
         write(browser, "the last")
         wide = "const { scrollWidth, clientWidth } = document.documentElement; return "
         assert browser.run(wide + "scrollWidth <= clientWidth")
-        browser.run((node_modules() / "axe-core" / "axe.min.js").read_text())
         for dark in (True, False):
             browser.darken(dark)
-            result = browser.driver.execute_async_script(
-                "const done = arguments[0]; axe.run().then(done, (error) => done({ error }))"
-            )
-            assert [(v["id"], v["nodes"][0]["html"]) for v in result["violations"]] == []
-            assert result["passes"], "axe has looked at the page"
+            assert browser.violations() == []
     finally:
         browser.resize(*SIZE)
 

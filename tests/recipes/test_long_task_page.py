@@ -8,15 +8,10 @@ import pytest
 
 from main import PAGE_HEADERS
 from tests.recipes.long_task_faults import FAILING, Place, place
-from tests.support.browsers import BROWSERS, SIZE, Browser, Chromium
-from tests.support.npm import node_modules
+from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
 from tests.support.processes import LIMIT, Process, wait_for
 
-in_each_browser = pytest.mark.parametrize(
-    "browser",
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BROWSERS],
-    indirect=True,
-)
+in_each_browser = pytest.mark.parametrize("browser", EACH, indirect=True)
 in_chromium = pytest.mark.parametrize(
     "browser", [pytest.param("chromium", marks=pytest.mark.xdist_group("chromium"))], indirect=True
 )
@@ -36,8 +31,7 @@ def browser(
     """A browser; whatever else the test looks at, nothing unexpected is on its console."""
     browser = browsers(request.param)
     yield browser
-    unexpected = [entry for entry in browser.console() if not NETWORK.search(entry)]
-    browser.open("about:blank")
+    unexpected = leave(browser, NETWORK)
     assert not unexpected, "\n".join(unexpected)
 
 
@@ -186,16 +180,9 @@ def test_a_task_that_there_is_not(browser: Browser, server: Process) -> None:
 @in_chromium
 def test_the_page_for_everybody(browser: Chromium, server: Process) -> None:
     """What axe-core finds, in its states, on a narrow screen, in the dark."""
-    axe = (node_modules() / "axe-core" / "axe.min.js").read_text()
 
     def check(when: str) -> None:
-        browser.run(axe)
-        result = browser.driver.execute_async_script(
-            "const [done] = arguments; axe.run().then(done, (error) => done({error}))"
-        )
-        found = [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in result["violations"]]
-        assert found == [], when
-        assert result["passes"], "axe has looked at the page"
+        assert browser.violations() == [], when
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), when
 
     try:

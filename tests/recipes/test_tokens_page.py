@@ -3,24 +3,17 @@
 import re
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 import httpx
 import pytest
 
 from recipes.tokens import squawk
-from tests.support.browsers import BROWSERS, SIZE, Browser, Chromium
-from tests.support.npm import node_modules
+from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
 from tests.support.processes import Process, wait_for
 from tests.support.tokens import ANSWER, LONG, QUESTION, Serve, asked, long_question, servers
 
-in_each_browser = pytest.mark.parametrize(
-    "browser",
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BROWSERS],
-    indirect=True,
-)
+in_each_browser = pytest.mark.parametrize("browser", EACH, indirect=True)
 in_chromium = pytest.mark.parametrize(
     "browser", [pytest.param("chromium", marks=pytest.mark.xdist_group("chromium"))], indirect=True
 )
@@ -31,18 +24,6 @@ NETWORK = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Browser]]:
-    """`browsers(name)` starts a browser, the first time, and gives it."""
-    with ExitStack() as stack:
-
-        @cache
-        def started(name: str) -> Browser:
-            return stack.enter_context(BROWSERS[name](tmp_path_factory.mktemp(name)))
-
-        yield started
-
-
 @pytest.fixture
 def browser(
     request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
@@ -50,8 +31,7 @@ def browser(
     """A browser; whatever else the test looks at, nothing unexpected is on its console."""
     browser = browsers(request.param)
     yield browser
-    unexpected = [entry for entry in browser.console() if not NETWORK.search(entry)]
-    browser.open("about:blank")
+    unexpected = leave(browser, NETWORK)
     assert not unexpected, "\n".join(unexpected)
 
 
@@ -185,7 +165,6 @@ def test_the_network_may_cut_where_it_likes(browser: Browser, serve: Serve) -> N
 @in_chromium
 def test_accessible_and_no_wider_than_a_phone(browser: Chromium, serve: Serve) -> None:
     server = serve(RECIPE, SECONDS_PER_TOKEN=0)
-    axe = (node_modules() / "axe-core" / "axe.min.js").read_text()
     browser.resize(360, 800)
     try:
         for dark in (True, False):
@@ -194,11 +173,6 @@ def test_accessible_and_no_wider_than_a_phone(browser: Chromium, serve: Serve) -
             ask(browser, QUESTION)
             wait_for_status(browser, "The whole answer")
             assert browser.run("return document.documentElement.scrollWidth") == 360
-            browser.run(axe)
-            result = browser.driver.execute_async_script(
-                "const done = arguments[0]; axe.run().then(done, (error) => done({ error }))"
-            )
-            assert [(v["id"], v["nodes"][0]["html"]) for v in result["violations"]] == []
-            assert result["passes"], "axe has looked at the page"
+            assert browser.violations() == []
     finally:
         browser.resize(*SIZE)

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -23,6 +24,7 @@ from selenium.webdriver.common.by import By
 from websockets.exceptions import InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
+from tests.support.npm import node_modules
 from tests.support.processes import LIMIT, free_port, need, wait_for
 
 SIZE = (1600, 1000)
@@ -76,6 +78,21 @@ class Chromium:
         """Give the system dark colours, or light ones."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def violations(self, *rules: str) -> list[tuple[str, list[str]]]:
+        """Return what axe-core finds wrong in the page as it is now, and where: by all its rules,
+        or by those with one of these names or tags.
+        """
+        if not self.run("return 'axe' in window"):
+            self.run((node_modules() / "axe-core" / "axe.min.js").read_text())
+        result = self.driver.execute_async_script(
+            "const [rules, done] = arguments;"
+            "const options = rules.length ? { runOnly: rules } : {};"
+            "axe.run(options).then(done, (error) => done({ error }))",
+            rules,
+        )
+        assert result["passes"], "axe has looked at the page"
+        return [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in result["violations"]]
 
     @contextlib.contextmanager
     def preload(self, script: str) -> Iterator[None]:
@@ -246,3 +263,12 @@ BROWSERS: dict[str, Callable[[Path], AbstractContextManager[Browser]]] = {
     "chromium": chromium,
     "firefox": firefox,
 }
+# For `parametrize`: whoever shares a browser runs one after the other, in one worker.
+EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BROWSERS]
+
+
+def leave(browser: Browser, known: re.Pattern[str]) -> list[str]:
+    """Leave a browser on an empty page; return what was on its console and is not `known`."""
+    unexpected = [entry for entry in browser.console() if not known.search(entry)]
+    browser.open("about:blank")
+    return unexpected
