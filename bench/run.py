@@ -287,8 +287,8 @@ def read(name: str, server: Server, path: str, steps: int) -> dict[str, float]:
     }
 
 
-def heading() -> dict[str, str]:
-    """The date, the machine and all versions."""
+def heading(*more: str) -> dict[str, str]:
+    """The date, the machine, and the versions of what is compared and of these packages."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -299,7 +299,7 @@ def heading() -> dict[str, str]:
         "requests urllib3 httpx httpx-sse"
     )
     versions = {"Python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in packages.split()}
+    versions |= {name: importlib.metadata.version(name) for name in (*packages.split(), *more)}
     if node := shutil.which("node"):
         version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True)
         versions["Node"] = version.stdout.strip().removeprefix("v")
