@@ -36,9 +36,9 @@ def server(start: Start) -> Process:
     return start(*UVICORN)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """One server for all tests of a module that do it no harm."""
+    """One server for all tests of a worker that do it no harm."""
     port = free_port()
     words = [word.replace("{port}", str(port)) for word in UVICORN]
     process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
