@@ -443,7 +443,10 @@ PLACES = (
 # does not tell), it looks in each frame where everything is.
 WATCH = """
 const moved = [];
-new PerformanceObserver(() => fetch("/painted")).observe({ type: "paint", buffered: true });
+new PerformanceObserver((list) => {
+  // Not at its first paint, which may be of a background only.
+  if (list.getEntriesByName("first-contentful-paint").length) fetch("/painted");
+}).observe({ type: "paint", buffered: true });
 if (PerformanceObserver.supportedEntryTypes.includes("layout-shift")) {
   new PerformanceObserver((list) => {
     for (const { node } of list.getEntries().flatMap(({ sources }) => sources)) {
