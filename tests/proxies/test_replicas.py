@@ -130,6 +130,15 @@ def deploy(tmp_path: Path) -> Iterator[Deploy]:
         deployment.kill()
 
 
+@pytest.fixture(autouse=True)
+def clients_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred readers start at once in this one process. Where the machine is busy that took
+    longer than the five seconds in which a reader expects to be connected.
+    """
+    for client in (client_async, client_sync):
+        monkeypatch.setattr(client, "CONNECT_TIMEOUT", LIMIT)
+
+
 class Readers:
     """Readers of one NDJSON stream, some with aiohttp and some with requests, in threads."""
 
@@ -267,7 +276,8 @@ class Everybody:
         self.browser = browser
         browser.read(url, f"/sse?{query}", 3)
         self.readers = Readers(f"{url}/ndjson?{query}", n_async, n_sync)
-        wait_for(lambda: all(self.ids()), "the first events")
+        wait_for(lambda: self.readers.failures or all(self.ids()), "the first events")
+        assert not self.readers.failures
 
     def ids(self) -> list[list[int]]:
         """Return the event ids that each reader has had."""
