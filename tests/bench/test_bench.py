@@ -97,6 +97,7 @@ def test_one_reader_notices_a_missing_event() -> None:
         load.read_one(server, "/sse", 5)
 
 
+@pytest.mark.timeout(LIMIT * 11)
 def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
     need("node", "nodejs")
     command = [sys.executable, str(ROOT / "bench/run.py"), "--quick", "--out", str(tmp_path)]
