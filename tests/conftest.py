@@ -4,30 +4,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.browsers import BROWSERS, EACH, Browser
 from tests.support.postgres import Postgres, running_postgres
-from tests.support.processes import UVICORN, Process, Start, free_port
+from tests.support.processes import UVICORN, Process, Start, starting
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start servers: `start(*command)` runs any, with `{port}` in it replaced by a free port."""
-    processes: list[Process] = []
-
-    def start(*command: str, port: int | None = None, **options: Any) -> Process:
-        port = port or free_port()
-        words = [word.replace("{port}", str(port)) for word in command]
-        log = tmp_path / f"server-{len(processes)}.log"
-        processes.append(Process(words, log, port, **options))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
+    with starting(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
@@ -39,11 +28,8 @@ def server(start: Start) -> Process:
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """One server for all tests of a worker that do it no harm."""
-    port = free_port()
-    words = [word.replace("{port}", str(port)) for word in UVICORN]
-    process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
-    yield process
-    process.kill()
+    with starting(tmp_path_factory.mktemp("server")) as start:
+        yield start(*UVICORN)
 
 
 @pytest.fixture(scope="session")

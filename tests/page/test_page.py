@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
-from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, free_port, need, wait_for
+from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, need, starting, wait_for
 
 PAGE = ROOT / "page"
 LANES = ("text", "ndjson", "sse")
@@ -482,11 +482,8 @@ window.everMoved = () => {
 @pytest.fixture(scope="module")
 def painted_first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """A server whose scripts come when the page has been painted without them."""
-    port = free_port()
-    words = [word.replace("{port}", str(port)) for word in page_server("painted_first")]
-    process = Process(words, tmp_path_factory.mktemp("server") / "server.log", port)
-    yield process
-    process.kill()
+    with starting(tmp_path_factory.mktemp("server")) as start:
+        yield start(*page_server("painted_first"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -19,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from tests.support.processes import LIMIT, Process, Start
+from tests.support.processes import LIMIT, Process, starting
 from tests.support.recipes import RECIPES, start_recipe
 
 SLOW_MACHINE = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -38,15 +37,22 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(params=RECIPES)
-def server(request: pytest.FixtureRequest, start: Start, tmp_path: Path) -> Iterator[Process]:
-    server = start_recipe(start, request.param, tmp_path)
-    yield server
-    requests.get(f"{server.url}/openapi.json", timeout=LIMIT).raise_for_status()
-    # FastAPI logs an error of its own when a reader goes away that is not waited for:
-    # https://github.com/fastapi/fastapi/discussions/15725
-    faults = server.log.count("Exception in ASGI application")
-    assert faults == server.log.count("anyio.BrokenResourceError"), server.log
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RECIPES],
+)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Process]:
+    tmp_path = tmp_path_factory.mktemp("server")
+    with starting(tmp_path) as start:
+        server = start_recipe(start, request.param, tmp_path)
+        yield server
+        requests.get(f"{server.url}/openapi.json", timeout=LIMIT).raise_for_status()
+        # FastAPI logs an error of its own when a reader goes away that is not waited for:
+        # https://github.com/fastapi/fastapi/discussions/15725
+        faults = server.log.count("Exception in ASGI application")
+        assert faults == server.log.count("anyio.BrokenResourceError"), server.log
 
 
 def operations(server: Process) -> list[Any]:

@@ -15,7 +15,7 @@ from recipes.feed import KEEP, MAX_BODY
 from tests.support.event_sources import EventSource, EventSources, event_sources
 from tests.support.feed import numbers, publish
 from tests.support.feed_apps import APPS
-from tests.support.processes import LIMIT, Process, Start, free_port, wait_for
+from tests.support.processes import LIMIT, Process, Start, starting, wait_for
 from tests.support.recipes import start_app, start_recipe
 
 
@@ -27,11 +27,9 @@ def server(start: Start, tmp_path: Path) -> Process:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """One for all tests that publish nothing."""
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "recipes.feed:app", "--port", str(port)]
-    process = Process(command, tmp_path_factory.mktemp("feed") / "server.log", port)
-    yield process
-    process.kill()
+    directory = tmp_path_factory.mktemp("feed")
+    with starting(directory) as start:
+        yield start_recipe(start, "recipes.feed", directory)
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import psutil
 import pytest
 import requests
 
-from tests.support.processes import ENVIRONMENT, LIMIT, Process, free_port, need, wait_for
+from tests.support.processes import LIMIT, Process, need, starting, wait_for
 from tests.support.raw_reader import RawReader, read_until
+from tests.support.recipes import start_recipe
 
 ROTATED = "rotated"
 
@@ -106,15 +107,9 @@ class Reader:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     directory = tmp_path_factory.mktemp("tail")
-    port = free_port()
-    server = Process(
-        [sys.executable, "-m", "uvicorn", "recipes.tail:app", "--port", str(port)],
-        directory / "server.log",
-        port,
-        env=ENVIRONMENT | {"LOG": str(directory / "logs" / "app.log")},
-    )
-    yield server
-    server.kill()
+    with starting(directory) as start:
+        log = directory / "logs" / "app.log"
+        yield start_recipe(start, "recipes.tail", directory, LOG=str(log))
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,6 +138,28 @@ class Process:
 
 
 Start = Callable[..., Process]
+
+
+@contextmanager
+def starting(directory: Path) -> Iterator[Start]:
+    """Run servers until the end of the block, with their logs in this directory.
+
+    `start(*command)` starts one, with `{port}` in it replaced by a free port.
+    """
+    processes: list[Process] = []
+
+    def start(*command: str, port: int | None = None, **options: Any) -> Process:
+        port = port or free_port()
+        words = [word.replace("{port}", str(port)) for word in command]
+        log = directory / f"server-{len(processes)}.log"
+        processes.append(Process(words, log, port, **options))
+        return processes[-1]
+
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.kill()
 
 
 UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
