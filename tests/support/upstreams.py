@@ -111,6 +111,8 @@ async def upstream(scope: Scope, receive: Receive, send: Send) -> None:
             left = asyncio.create_task(wait_until_the_reader_leaves())
             while not left.done():
                 await say(f"data: {chunk({'content': 'x' * 100_000})}\n\n")
+                # To a reader who has left, uvicorn sends without giving way to anybody.
+                await asyncio.sleep(0)
             return
         for data in STREAMS[fault]:
             if fault == "thinks":
