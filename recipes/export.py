@@ -79,9 +79,11 @@ def fill_missing_file() -> None:
     In one transaction: a worker that is killed meanwhile leaves no table, and the next one fills.
     """
     with closing(sqlite3.connect(FILE, timeout=60, isolation_level=None)) as connection:  # s
+        made = "SELECT name FROM sqlite_master WHERE name = 'orders'"
+        if connection.execute(made).fetchone():
+            return
         connection.execute("BEGIN IMMEDIATE")  # waits for another worker that fills it
-        tables = connection.execute("SELECT name FROM sqlite_master").fetchall()
-        if ("orders",) not in tables:
+        if not connection.execute(made).fetchone():
             logger.info("Making %s with 1,000,000 orders: takes a few seconds, once.", FILE)
             fill(connection.execute, 1_000_000)
         connection.execute("COMMIT")
