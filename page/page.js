@@ -401,6 +401,8 @@ for (const [name, value] of new URLSearchParams(location.search)) {
   if (field) field.value = value;
 }
 drawAxis(axisEnd(duration(chosen()), 0));
+// A narrower window has room for fewer labels, also when nothing runs.
+new ResizeObserver(() => drawAxis(axis.end)).observe(axis.element);
 form.addEventListener("input", keepInAddress);
 form.addEventListener("submit", (event) => {
   event.preventDefault();

@@ -568,6 +568,31 @@ def check_tracks(browser: Browser, width: int) -> None:
 
 
 @in_chromium
+def test_the_axis_has_room_for_its_labels(browser: Chromium, server: Process) -> None:
+    """A phone is turned, a window made narrower, after the last event: no label on another."""
+    begin(browser, f"{server.url}/?steps=10&interval=0.01")
+    wait_for_state(browser, "sse", "done")
+
+    def labels_apart() -> bool:
+        boxes = browser.run(
+            """
+            return [...document.querySelectorAll(".ticks span")].map((label) => {
+              const { left, right } = label.getBoundingClientRect();
+              return [left, right];
+            });
+            """
+        )
+        return len(boxes) > 1 and all(right <= left for (_, right), (left, _) in pairwise(boxes))
+
+    try:
+        for width in (360, SIZE[0], 360):
+            browser.resize(width, 900)
+            wait_for(labels_apart, f"an axis that can be read at {width} pixels")
+    finally:
+        browser.resize(*SIZE)
+
+
+@in_chromium
 def test_accessibility(browser: Chromium, server: Process) -> None:
     rules = "wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"
 
