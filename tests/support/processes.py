@@ -37,10 +37,12 @@ LOG_CONFIG = {
 def wait_for(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
     """Return the first true value of `condition()`; fail if none comes within `limit` seconds."""
     end = time.monotonic() + limit
+    pause = 0.01
     while not (value := condition()):
         if time.monotonic() > end:
             pytest.fail(f"waited {limit:.0f} s in vain for {what}")
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.1)  # to ask a browser costs more than to wait
     return value
 
 
