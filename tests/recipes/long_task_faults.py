@@ -304,9 +304,8 @@ def save_the_code(here: Place, tasks: int, parts: int, readers: int) -> str:
     """Edit the workflow of a server that is busy and runs with `--reload`."""
     code = here.tmp / "code"
     # Other tests' servers put bytecode there meanwhile, by way of files that are soon gone.
-    passing = shutil.ignore_patterns("__pycache__")
     for name in ("recipes", "page"):
-        shutil.copytree(ROOT / name, code / name, ignore=passing)
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "tests/__init__.py", "tests/support/__init__.py"):
         (code / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, code / name)
