@@ -93,9 +93,7 @@ async def invalid_input(_: Request, error: RequestValidationError) -> Response:
     return Response(detail, 422, media_type="application/json")
 
 
-async def keep_going(
-    what: str, work: Callable[[], Awaitable[object]], pause: float = 1.0
-) -> None:
+async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: float = 1.0) -> None:
     """Await `work()` again and again; log each exception in one line, and go on after `pause` s.
 
     A task in the background has nobody who sees its exception: it would end without a word.
@@ -104,5 +102,6 @@ async def keep_going(
         try:
             await work()
         except Exception as error:
-            logger.error("%s: %s: %s", what, type(error).__name__, error or "no reason given")
+            why = str(error).strip().partition("\n")[0]
+            logger.error("%s: %s: %s", what, type(error).__name__, why or "no reason given")
             await asyncio.sleep(pause)
