@@ -1,496 +1,398 @@
 """Three ways to stream over HTTP from Python: plain text, NDJSON and server-sent events.
 
-Run it with `uvicorn main:app --reload`, then open http://localhost:8000 or run `python client.py`.
+Run `uvicorn main:app --reload`, then open http://localhost:8000 or run `python client.py`.
 
-The file reads from top to bottom, in the order of the README. Its parts know nothing of one
-another, and each can be copied away alone:
-
-1. the events: a generator that yields, and sleeps until its next event is due;
-2. the three formats: pure functions from an event to its bytes on the wire;
-3. `Stream`: a response that sends each event when it is yielded;
-4. `EndStreams`: a middleware that ends open streams when the server is asked to stop;
-5. the endpoints, and how a stream is resumed;
-6. the page that a browser gets at `/`.
+A generator makes events (1), a `Stream` sends them (2), in one of three formats (3). `EndStreams`
+ends what is open when the server stops (4). The endpoints tell how to resume (5). A browser gets a
+page at `/` (6). Sections 2 and 4 have imports of their own: copy each into a file, and use it.
 """
 
 import asyncio
-import itertools
 import logging
 import math
 import mimetypes
-import signal
-import threading
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing, suppress
-from functools import wraps
-from inspect import unwrap
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, ClassVar
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Annotated, Any
 
-import uvicorn
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, BeforeValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
-from starlette.datastructures import Headers
-from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from pydantic import BaseModel
 
 logger = logging.getLogger(__name__)
-Loop = asyncio.AbstractEventLoop
-
 
 # 1. The events ------------------------------------------------------------------------------------
 
 
 class Event(BaseModel):
-    """What all three streams carry: an id that counts from 0, some text, and whether it ends here.
+    """What all three streams carry. `is_last_event` tells a stream that ended from one cut off."""
 
-    Only `is_last_event` lets a reader tell a stream that ended from one that was cut off.
-    """
-
-    event_id: int
+    event_id: int  # from 0
     data: str
     is_last_event: bool
 
 
 async def generate_events(first: int, steps: int, interval: float) -> AsyncGenerator[Event]:
-    """Yield the events `first` to `steps - 1`, one each `interval` seconds, the first at once.
+    """Yield the events `first` to `steps - 1`, one every `interval` seconds, the first at once.
 
-    Event k is due k × interval after the first, however late the one before it was: a plain
-    `asyncio.sleep(interval)` would add every lateness to all that follow.
+    Event k is due k × interval after the first. If each event slept for the interval instead, the
+    delays would add up.
     """
     start = asyncio.get_running_loop().time()
     event_id = first
     try:
         for event_id in range(first, steps):
             await sleep_until(start + (event_id - first) * interval)
-            yield Event(
-                event_id=event_id,
-                # The cup is three bytes of UTF-8, and 16 bytes end in the middle of it.
-                data=f"Step {event_id + 1} of {steps}: ☕",
-                is_last_event=event_id == steps - 1,
-            )
+            # The cup is three bytes of UTF-8, and a chunk of 16 bytes ends in the middle of it.
+            data = f"Step {event_id + 1} of {steps}: ☕"
+            yield Event(event_id=event_id, data=data, is_last_event=event_id == steps - 1)
     finally:
         # However the stream ends, this runs at once: the place to give back what it used.
         logger.debug("generator closed at event %d of %d", event_id, steps)
 
 
-# Whoever is due in the same 2 ms is woken by one timer: with thousands of streams a timer for each
-# event would cost a third of all CPU.
-RESOLUTION = 0.002
-_sleepers: dict[tuple[Loop, int], list[asyncio.Future[None]]] = {}
-_count = itertools.count(1)
+# All streams that are due in the same 2 ms share a timer. With thousands of them, a timer for each
+# event would cost a third of the CPU time.
+TICK = 0.002
+_ticks: dict[tuple[asyncio.AbstractEventLoop, int], asyncio.Event] = {}
 
 
 async def sleep_until(due: float) -> None:
-    """Sleep until the event loop's clock shows `due`, in seconds: not earlier, up to 2 ms later."""
+    """Sleep until the event loop's clock shows `due` (in seconds), or up to 2 ms longer."""
     loop = asyncio.get_running_loop()
-    if due <= loop.time():
-        # A stream that need not sleep lets the others have their turn now and then. Not after each
-        # event: those in between leave in one system call.
-        if next(_count) % 16 == 0:
-            await asyncio.sleep(0)
-        return
-    tick = math.ceil(due / RESOLUTION)
-    sleepers = _sleepers.get((loop, tick))
-    if sleepers is None:
-        sleepers = _sleepers[loop, tick] = []
-        loop.call_at(tick * RESOLUTION, _wake, loop, tick)
-    sleeper = loop.create_future()
-    sleepers.append(sleeper)
-    await sleeper
+    if due > loop.time():
+        tick = loop, math.ceil(due / TICK)
+        if tick not in _ticks:
+            _ticks[tick] = asyncio.Event()
+            loop.call_at(tick[1] * TICK, lambda: _ticks.pop(tick).set())
+        await _ticks[tick].wait()
 
 
-def _wake(loop: Loop, tick: int) -> None:
-    for sleeper in _sleepers.pop((loop, tick)):
-        if not sleeper.done():  # its reader has left
-            sleeper.set_result(None)
+# 2. The response ----------------------------------------------------------------------------------
 
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import aclosing, suppress
+from types import GeneratorType
+from typing import Any
 
-# 2. The three formats -----------------------------------------------------------------------------
-
-
-def to_text(event: Event) -> bytes:
-    """The event's text and a newline: easy to print, but nothing says which event it was."""
-    return f"{event.data}\n".encode()
-
-
-def to_ndjson(event: Event) -> bytes:
-    """The event as one line of JSON. JSON escapes newlines, so a newline always ends an event.
-
-    Newline-delimited JSON: https://github.com/ndjson/ndjson-spec
-    """
-    return f"{event.model_dump_json()}\n".encode()
-
-
-def to_sse(event: Event) -> bytes:
-    """The event for a browser's `EventSource`: an id to resume by, the JSON, and a blank line.
-
-    `retry` is how many milliseconds the browser waits before it reconnects. Without an `event`
-    field a plain `onmessage` sees every event.
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
-    """
-    return f"id: {event.event_id}\nretry: 1000\ndata: {event.model_dump_json()}\n\n".encode()
-
-
-# 3. The response ----------------------------------------------------------------------------------
+import anyio
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 HEADERS = {
     # no-cache: a cache would replay an old stream. no-transform: HAProxy would compress it.
     "Cache-Control": "no-cache, no-transform",
-    # nginx holds a stream that it compresses back until the end, unless it is told not to buffer.
+    # Without it, nginx with `gzip on` holds the stream back until its end.
     # https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_buffering
     "X-Accel-Buffering": "no",
 }
 
 
-class Stream(Response):
-    """A response that sends each event of an async generator at the moment it is yielded.
+class Stream(StreamingResponse):
+    """A `StreamingResponse` that closes its generator at once, however the stream ends.
 
-    The reader goes away: the generator is closed at once, whether it was sleeping or sending.
-    The reader is slow: `send` waits, and so does the generator; nothing piles up.
-    The generator raises: the body is cut off, so that it does not look whole.
+    The generator ends or raises, the reader leaves, the server stops, the task is cancelled: each
+    time the generator's `finally` runs, and it may `await`. (Starlette's own response cancels a
+    cleanup at its first `await`.) While the reader is slow, the generator waits. If the generator
+    raises, the body is cut off, so that it does not look complete.
+
+    `content` yields bytes, text, or what a subclass turns into bytes in `render`. A sync generator
+    may block: it runs in threads. All arguments are those of `StreamingResponse`.
     """
 
-    def __init__(
-        self, events: AsyncGenerator[Any], to_bytes: Callable[[Any], bytes], media_type: str
-    ) -> None:
-        self.events = events
-        self.to_bytes = to_bytes
-        self.background = None
-        self.init_headers({"Content-Type": media_type, **HEADERS})
+    def __init__(self, content: Any, status_code: int = 200, *args: Any, **options: Any) -> None:
+        super().__init__(self.render_each(content), status_code, *args, **options)
+        for name, value in HEADERS.items():
+            self.headers.setdefault(name, value)
+
+    async def render_each(self, content: Any) -> AsyncGenerator[bytes | memoryview]:
+        is_async, count = isinstance(content, AsyncIterable), 0
+        try:
+            async for chunk in content if is_async else iterate_in_threadpool(content):
+                yield self.render(chunk)
+                count += 1
+                if count % 16 == 0:  # a generator that never awaits would stop everybody else
+                    await asyncio.sleep(0)
+        finally:
+            if isinstance(content, AsyncGenerator):
+                await content.aclose()
+            elif isinstance(content, GeneratorType):
+                while content.gi_running:  # noqa: ASYNC110  # a thread cannot be interrupted
+                    await asyncio.sleep(0.01)
+                await run_in_threadpool(content.close)
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, until their end or until the reader is gone."""
-        app, root_path, left = scope.get("free_stack", (None, None, None))
-        # A mounted app may have middlewares of its own: then it is sent from in here.
-        if left is not None and (app, root_path) == (scope["app"], scope["root_path"]):
-            left.append((self, scope["fastapi_inner_astack"].pop_all()))
-        else:
-            await self.send_events(receive, send)
-
-    async def send_events(self, receive: Receive, send: Send) -> None:
-        sender = asyncio.current_task()
-        assert sender is not None
-        cancelled_before = sender.cancelling()
-        watcher = asyncio.create_task(cancel_when_the_reader_leaves(sender, receive))
-        try:
-            head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(head)
-            async with aclosing(self.events):
-                async for event in self.events:
-                    body = self.to_bytes(event)
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                    del event, body  # or a stream that sleeps would keep them, a tenth of its size
-            await send({"type": "http.response.body"})
-        except asyncio.CancelledError:
-            # The server may have cancelled it too, and that is not ours to swallow.
-            if not watcher.done() or sender.uncancel() > cancelled_before:
-                raise
-        finally:
-            watcher.cancel()
-        if self.background:
+        """Send in a task of its own, and listen: only `receive` tells that the reader has left."""
+        sender = asyncio.create_task(self.stream_response(send))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as until_sent:
+                sender.add_done_callback(lambda _: until_sent.reschedule(0))
+                try:
+                    while (await receive())["type"] != "http.disconnect":
+                        pass
+                finally:
+                    sender.cancel()
+                    # If AnyIO cancelled this task (a middleware's time limit), only a shield waits.
+                    with anyio.CancelScope(shield=True):
+                        await asyncio.wait([sender])
+        if not sender.cancelled():
+            sender.result()  # raises what the generator raised
+        if self.background is not None:
             await self.background()
 
 
-async def cancel_when_the_reader_leaves(sender: asyncio.Task[Any], receive: Receive) -> None:
-    """uvicorn's `send` says nothing when the reader is gone; only `receive` tells."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    sender.cancel()
+# 3. The three formats -----------------------------------------------------------------------------
 
 
-class FreeStack:
-    """Lets FastAPI's work on a request end before its `Stream` begins. All it does is save memory.
+class TextStream(Stream):
+    """The events' text, a line each: easy to print, but nothing says which event it was."""
 
-        app.add_middleware(FreeStack)  # before all others: it works only as the innermost
+    media_type = "text/plain"
 
-    FastAPI sends a response from inside a dozen coroutines, and an open stream keeps them all for
-    as long as it lasts: 10 KB of 27. So a `Stream` only leaves itself in there, and is sent from
-    out here. What dependencies with `yield` have opened stays open until it ends, as always.
+    def render(self, event: Event) -> bytes:
+        return f"{event.data}\n".encode()
+
+
+class NDJSONStream(Stream):
+    """An event a line (https://github.com/ndjson/ndjson-spec): JSON has no newline within it."""
+
+    media_type = "application/x-ndjson"
+
+    def render(self, event: Event) -> bytes:
+        return f"{event.model_dump_json()}\n".encode()
+
+
+class SSEStream(Stream):
+    """For a browser's `EventSource`: an id to resume by, the same JSON, and a blank line.
+
+    After the end it reconnects in `retry` ms. Without an `event` field, `onmessage` sees it all.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        # What comes next to the router; a middleware in between would not see the stream.
-        self.innermost = isinstance(app, ExceptionMiddleware)
+    media_type = "text/event-stream"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        left: list[tuple[Stream, AsyncExitStack]] = []
-        if scope["type"] == "http" and self.innermost:
-            scope = {**scope, "free_stack": (scope["app"], scope["root_path"], left)}
-        await self.app(scope, receive, send)
-        del scope
-        if left:
-            stream, dependencies = left.pop()
-            async with dependencies:
-                await stream.send_events(receive, send)
+    def init_headers(self, headers: Any = None) -> None:  # without Starlette's "; charset=utf-8"
+        super().init_headers({"Content-Type": self.media_type, **(headers or {})})
+
+    def render(self, event: Event) -> bytes:
+        data = event.model_dump_json()
+        return f"id: {event.event_id}\nretry: 1000\ndata: {data}\n\n".encode()
 
 
 # 4. When the server is asked to stop --------------------------------------------------------------
+
+import asyncio
+import functools
+import signal
+from contextlib import suppress
+from typing import Any, ClassVar
 
 
 class EndStreams:
     """Ends open streams properly when the server is asked to stop: on Ctrl-C, SIGTERM, `--reload`.
 
-        app.add_middleware(EndStreams)
+    uvicorn waits for open connections, and tells an app that it stops only when all are closed:
+    https://github.com/encode/uvicorn/issues/451. So this sends each open stream `http.disconnect`,
+    as if its reader had left. The app closes its generator, and the body gets its proper end. An
+    app that never asks is cancelled.
 
-    uvicorn waits for open connections, and tells an app of its shutdown only when all are closed:
-    a stream holds a reload up until its own end (https://github.com/encode/uvicorn/issues/451).
-    Here each stream is told that its reader has left (`http.disconnect`). It closes its generator,
-    as it does when that happens, and then its body gets the proper end. This works for every
-    response that listens for its reader to leave: Starlette's `StreamingResponse`, FastAPI's and
-    sse-starlette's `EventSourceResponse`, and what is built on them.
-
-    Only `media_types` whose readers come back by themselves are ended. Any other response, a
-    download say, runs on to its own end while the server waits: a body that lacks something must
-    not look whole. So is one that is compressed already: add this before such a middleware.
-
-    A program that stops its server without a signal (a server in a thread) first calls
-    `EndStreams.stop()`.
+    Only event streams that answer a GET are ended: their readers come back and go on where they
+    were. Half of a download, or of the answer to a POST, must not look complete: it runs on.
     """
 
-    # By event loop: what it has open. And the loops whose server is stopping.
-    _open: ClassVar[WeakKeyDictionary[Loop, set["_Exchange"]]] = WeakKeyDictionary()
-    _stopping: ClassVar[WeakSet[Loop]] = WeakSet()
-    _handlers: ClassVar[WeakSet[Any]] = WeakSet()  # ours, for signals
+    _loop: ClassVar[Any] = None  # of the latest server
+    _stopping: ClassVar[bool] = False
+    _open: ClassVar[set["_Exchange"]] = set()
 
-    def __init__(self, app: ASGIApp, media_types: tuple[str, ...] = ("text/event-stream",)) -> None:
-        self.app = app
-        self.media_types = media_types
+    def __init__(
+        self,
+        app: Any,
+        methods: tuple[str, ...] = ("GET",),
+        media_types: tuple[str, ...] = ("text/event-stream",),
+    ) -> None:
+        self.app, self.methods, self.media_types = app, methods, media_types
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         loop = asyncio.get_running_loop()
-        # With a lifespan a server starts, perhaps not the first one on this loop.
-        if scope["type"] == "lifespan" or loop not in self._open:
-            self._open.setdefault(loop, set())
-            self._stopping.discard(loop)
+        if scope["type"] == "lifespan" or loop is not EndStreams._loop:  # a server starts
+            EndStreams._loop, EndStreams._stopping = loop, False
+        with suppress(ValueError):  # Python lets only the main thread set a signal handler
             self._listen_to_signals()
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope.get("method", "GET") not in self.methods:
             await self.app(scope, receive, send)
             return
-        asgi = scope.get("asgi", {})
-        if asgi.get("spec_version", "2.0") >= "2.4":
-            # There Starlette counts on `send` to raise, and does not listen for the reader.
-            scope = {**scope, "asgi": {**asgi, "spec_version": "2.3"}}
-        exchange = _Exchange(self, loop, receive, send)
+        exchange = _Exchange(self, receive, send)
         try:
-            await self.app(scope, exchange.receive, exchange.send)
+            async with exchange.running:
+                await self.app(scope, exchange.receive, exchange.send)
+        except TimeoutError:
+            if not exchange.running.expired():
+                raise
         finally:
-            self._open[loop].discard(exchange)
-        if exchange.ended and not exchange.complete:
-            await exchange.send({"type": "http.response.body"})
+            self._open.discard(exchange)
+        if exchange.ended and exchange.owes_end:
+            await send({"type": "http.response.body"})
 
-    @classmethod
-    def stop(cls) -> None:
-        """End the streams of this process that are open, and those that its servers still begin.
+    @staticmethod
+    def stop(handler: Any = None, *args: object) -> None:
+        """End all streams of this process. Call it before you stop a server that is in a thread."""
+        EndStreams._stopping = True
+        for exchange in list(EndStreams._open):
+            with suppress(RuntimeError):  # its loop is closed
+                exchange.loop.call_soon_threadsafe(exchange.end)
+        if handler:
+            handler(*args)
 
-        May be called from any thread, and from a signal handler.
-        """
-        for reference in cls._open.keyrefs():
-            if loop := reference():
-                with suppress(RuntimeError):  # it is closed
-                    loop.call_soon_threadsafe(cls._end_streams, loop)
-
-    @classmethod
-    def _end_streams(cls, loop: Loop) -> None:
-        cls._stopping.add(loop)
-        for exchange in cls._open[loop]:
-            exchange.end()
-
-    @classmethod
-    def _listen_to_signals(cls) -> None:
-        """Listen to the server's signals too, and pass them on to the handlers that were there."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python runs signal handlers in the main thread only
-        ours = cls._handlers
+    @staticmethod
+    def _listen_to_signals() -> None:
+        """Come before the server's handlers. Others may set theirs later: each request looks."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(signum)
-            if not callable(handler) or unwrap(handler, stop=ours.__contains__) in ours:
-                continue  # the default, or we listen already
+            function = getattr(handler, "func", handler)  # that of a functools.partial, as ours is
+            owner = getattr(function, "__self__", None)
+            # Python's own handler and that of asyncio.run() stop no server.
+            no_server = handler is signal.default_int_handler or isinstance(owner, asyncio.Runner)
+            if callable(handler) and function != EndStreams.stop and not no_server:
+                signal.signal(signum, functools.partial(EndStreams.stop, handler))
+                if signum == signal.SIGTERM and hasattr(owner, "should_exit"):
+                    EndStreams._watch(owner)
 
-            @wraps(handler)
-            def stop(signum: int, frame: FrameType | None, handler: Any = handler) -> None:
-                cls.stop()
-                handler(signum, frame)
-
-            ours.add(stop)
-            signal.signal(signum, stop)
+    @staticmethod
+    def _watch(server: Any) -> None:
+        """uvicorn's `Server` can stop without a signal, as it does for `--limit-max-requests`."""
+        listens = not server.started or any(each.is_serving() for each in server.servers)
+        if listens and not server.should_exit:
+            EndStreams._loop.call_later(0.1, EndStreams._watch, server)
+        else:
+            EndStreams.stop()
 
 
 class _Exchange:
     """A request and its response, between the server and the app that `EndStreams` wraps."""
 
-    __slots__ = ("_receive", "_send", "complete", "ended", "listening", "loop", "middleware")
-
-    def __init__(self, middleware: EndStreams, loop: Loop, receive: Receive, send: Send) -> None:
-        self.middleware, self.loop, self._receive, self._send = middleware, loop, receive, send
-        self.listening: tuple[asyncio.Task[Any], ...] = ()  # tasks that wait in `receive`
-        self.ended = self.complete = False
+    def __init__(self, middleware: EndStreams, receive: Any, send: Any) -> None:
+        self.middleware, self._receive, self._send = middleware, receive, send
+        self.loop, self.running = asyncio.get_running_loop(), asyncio.timeout(None)
+        self.receiving: set[asyncio.Timeout] = set()  # one for each task that waits in `receive`
+        self.ended = self.owes_end = self.answers_twice = False
 
     def end(self) -> None:
-        if not self.ended:  # a second signal must not cancel once more
+        if not self.ended:  # a second signal must not end it once more
             self.ended = True
-            for task in self.listening:
-                task.cancel()
+            for waiting in self.receiving:
+                waiting.reschedule(0)
+            self.running.reschedule(self.loop.time() + 0.2)  # it is cancelled if it does not ask
 
-    async def receive(self) -> Message:
-        if self.ended:
-            return {"type": "http.disconnect"}
-        task = asyncio.current_task()
-        assert task is not None
-        cancelled_before = task.cancelling()
-        self.listening += (task,)
-        try:
-            return await self._receive()
-        except asyncio.CancelledError:
-            # Somebody else may have cancelled it too, and that is not ours to swallow.
-            if not self.ended or task.uncancel() > cancelled_before:
-                raise
-            return {"type": "http.disconnect"}
-        finally:
-            self.listening = tuple(other for other in self.listening if other is not task)
+    async def receive(self) -> Any:
+        if not self.ended:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as waiting:
+                    self.receiving.add(waiting)
+                    try:
+                        return await self._receive()
+                    finally:
+                        self.receiving.discard(waiting)
+        with suppress(RuntimeError):  # the app has returned, and one of its tasks still asks
+            self.running.reschedule(None)
+        return {"type": "http.disconnect"}
 
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.body":
-            self.complete = not message.get("more_body")
-        elif message["type"] == "http.response.start" and self.ended:
-            # The MCP SDK answers a reader that it believes gone once more. Nobody must see that.
-            await self.send({"type": "http.response.body"})
-            self._send = _to_nobody
-        elif message["type"] == "http.response.start":
-            headers = Headers(raw=message.get("headers", []))
-            media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-            fixed = "content-length" in headers or "content-encoding" in headers
-            if media_type in self.middleware.media_types and not fixed:
-                self.middleware._open[self.loop].add(self)
-                if self.loop in self.middleware._stopping:
+    async def send(self, message: Any) -> None:
+        begins = message["type"] == "http.response.start"
+        self.answers_twice |= begins and self.ended  # as the MCP SDK does after a disconnect
+        if self.answers_twice:
+            return
+        if begins:  # ASGI wants header names in lower case, but Django's are not
+            headers = {name.lower(): value for name, value in message.get("headers", ())}
+            media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0]
+            is_stream = media_type.strip().lower() in self.middleware.media_types
+            if is_stream and b"content-length" not in headers:
+                # Only its compressor could write the end of a compressed body. That stays cut off.
+                self.owes_end = b"content-encoding" not in headers
+                EndStreams._open.add(self)
+                if EndStreams._stopping:
                     self.end()
+        elif message["type"] == "http.response.body" and not message.get("more_body"):
+            self.owes_end = False
         await self._send(message)
-
-
-async def _to_nobody(message: Message) -> None:
-    """What a server does with a message when the reader has left."""
 
 
 # 5. The endpoints ---------------------------------------------------------------------------------
 
-
-def only_digits(value: str) -> str:
-    """`int` alone would also take "+1", "1_0" and "1.0", which no event has as its id."""
-    if not (value.isascii() and value.isdigit()):
-        raise PydanticCustomError(
-            "event_id", "Input should be a whole number from 0: the id of the last event received"
-        )
-    return value
-
-
-Steps = Annotated[int, Query(ge=1, le=100_000, description="How many events the whole stream has.")]
+Steps = Annotated[int, Query(ge=1, le=100_000, description="How many events there are in all.")]
 # No stream is silent for longer than the idle timeouts of the usual proxies (30 to 60 s), so none
 # needs keep-alive comments.
-Interval = Annotated[
-    float,
-    Query(ge=0, le=10, allow_inf_nan=False, description="Seconds from one event to the next."),
-]
-LastEventID = Annotated[
-    int | None,
-    BeforeValidator(only_digits),
-    WithJsonSchema({"type": "integer", "minimum": 0}),  # a header can be absent, but never null
-    Header(ge=0, description="The stream goes on after this event. `EventSource` sends it itself."),
-]
-
-NDJSON, SSE = "application/x-ndjson", "text/event-stream"
-NOTHING_LEFT = {"description": "No event is left after `Last-Event-ID`."}
+Interval = Annotated[float, Query(ge=0, le=10, allow_inf_nan=False, description="In seconds.")]
+# int() reads up to 4300 digits.
+LastID = Annotated[str, Header(pattern="^[0-9]{0,4300}$", description="Go on after this event.")]
+NOTHING_LEFT: Any = {204: {"description": "No event is left after `Last-Event-ID`."}}
+EACH_AN_OBJECT = {200: {"content": {SSEStream.media_type: {"schema": {"type": "object"}}}}}
 
 app = FastAPI(title="Streaming over HTTP")
-app.add_middleware(FreeStack)  # can be left out, see there
-app.add_middleware(EndStreams, media_types=("text/plain", NDJSON, SSE))
+MEDIA_TYPES = tuple(each.media_type for each in (TextStream, NDJSONStream, SSEStream))
+app.add_middleware(EndStreams, media_types=MEDIA_TYPES)
 
 
-def stream_after(
-    last_event_id: int | None,
-    steps: int,
-    interval: float,
-    to_bytes: Callable[[Event], bytes],
-    media_type: str,
-) -> Response:
+def stream_after(last_event_id: str, steps: int, interval: float, form: type[Stream]) -> Response:
     """Answer with the events after `last_event_id`, or with 204 if none is left.
 
     The request alone says where to go on. Nothing is remembered between requests, so any worker,
     any machine and a server that has just started can answer.
     """
-    first = 0 if last_event_id is None else last_event_id + 1
+    first = int(last_event_id) + 1 if last_event_id else 0
     if first >= steps:
         # An `EventSource` reconnects after every end of a stream, until it gets a 204. A cache may
-        # keep a 204 (RFC 9110, section 15.3.5), and would then give it to somebody who wants all.
+        # keep a 204 (RFC 9110, section 15.3.5), and give it to a reader that wants all events.
         return Response(status_code=204, headers=HEADERS)
-    return Stream(generate_events(first, steps, interval), to_bytes, media_type)
+    return form(generate_events(first, steps, interval))
 
 
-@app.get("/text", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def text(steps: Steps = 10, interval: Interval = 1.0) -> Response:
+@app.get("/text", response_class=TextStream)
+async def text(steps: Steps = 10, interval: Interval = 1) -> Response:
     """The events' text, a line each. It cannot be resumed: no id is on the wire to resume by."""
-    return stream_after(None, steps, interval, to_text, "text/plain; charset=utf-8")
+    return stream_after("", steps, interval, TextStream)
 
 
-@app.get(
-    "/ndjson",
-    response_class=Response,
-    responses={200: {"content": {NDJSON: {}}}, 204: NOTHING_LEFT},
-)
-async def ndjson(
-    steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
-) -> Response:
+@app.get("/ndjson", response_class=NDJSONStream, responses=NOTHING_LEFT)
+async def ndjson(steps: Steps = 10, interval: Interval = 1, last_event_id: LastID = "") -> Response:
     """The events as lines of JSON, for programs."""
-    return stream_after(last_event_id, steps, interval, to_ndjson, NDJSON)
+    return stream_after(last_event_id, steps, interval, NDJSONStream)
 
 
-@app.get(
-    "/sse", response_class=Response, responses={200: {"content": {SSE: {}}}, 204: NOTHING_LEFT}
-)
-async def sse(
-    steps: Steps = 10, interval: Interval = 1.0, last_event_id: LastEventID = None
-) -> Response:
+@app.get("/sse", response_class=SSEStream, responses=NOTHING_LEFT | EACH_AN_OBJECT)
+async def sse(steps: Steps = 10, interval: Interval = 1, last_event_id: LastID = "") -> Response:
     """The events as server-sent events, for a browser's `EventSource`."""
-    return stream_after(last_event_id, steps, interval, to_sse, SSE)
+    return stream_after(last_event_id, steps, interval, SSEStream)
 
 
 # 6. The page --------------------------------------------------------------------------------------
 
-# The page lies next to this file. Nothing of it is inline, nothing comes from another host.
-PAGE = Path(__file__).resolve().parent / "page"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # keep it, but ask each time whether it has changed
-}
-
 
 class PageFiles(StaticFiles):
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(PAGE_HEADERS)
+    """The files in `page/`. Nothing in them is inline, nothing comes from another host."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        policy = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+        safe = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        response.headers.update(safe | {"Cache-Control": "no-cache", "Vary": "Accept"})
         return response
 
 
+mimetypes.add_type("text/javascript", ".js")  # on Windows, other programs change it
+page = PageFiles(directory=Path(__file__).resolve().parent / "page", check_dir=False)
+app.mount("/page", page)
+
+
 @app.get("/", include_in_schema=False)
-async def index(request: Request) -> Response:
-    """The page that shows the streams live; to a program, which streams there are."""
-    if PAGE.is_dir() and "text/html" in request.headers.get("accept", ""):
-        return FileResponse(PAGE / "index.html", headers={"Vary": "Accept", **PAGE_HEADERS})
-    what = {"message": "The same events three times.", "streams": ["/text", "/ndjson", "/sse"]}
-    return JSONResponse(what, headers={"Vary": "Accept"})
-
-
-# Windows takes media types from its registry, where another program may have put text/plain.
-mimetypes.add_type("text/javascript", ".js")
-if PAGE.is_dir():
-    app.mount("/page", PageFiles(directory=PAGE))
-
-
-if __name__ == "__main__":
-    uvicorn.run(app, host="127.0.0.1", port=8000)
+async def index(request: Request, response: Response) -> Any:
+    """The page that shows the streams live; for a program, a list of the streams."""
+    if "text/html" in request.headers.get("accept", "") and page.lookup_path("index.html")[1]:
+        return await page.get_response("index.html", request.scope)
+    response.headers["Vary"] = "Accept"
+    return {"message": "The same events three times.", "streams": ["/text", "/ndjson", "/sse"]}

@@ -12,12 +12,12 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 MAX_BODY = 1024 * 1024  # bytes
 PAGES = Path(__file__).resolve().parent / "pages"
@@ -30,8 +30,8 @@ logger = logging.getLogger("uvicorn.error")  # a recipe's log is where its serve
 
 
 def prepare(app: FastAPI, page: str | None = None) -> None:
-    """Add the limit, the 422 and the pages to a recipe's app; without a page, `/` leads to /docs."""
-    app.add_middleware(LimitBody)
+    """Add the limit, the 422 and the pages to an app; without a page, `/` leads to /docs."""
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)
     app.add_exception_handler(RequestValidationError, invalid_input)  # type: ignore[arg-type]
     app.mount("/pages", PageFiles(directory=PAGES))
 
@@ -49,37 +49,6 @@ class PageFiles(StaticFiles):
         response = super().file_response(*args, **kwargs)  # type: ignore[arg-type]
         response.headers.update(PAGE_HEADERS)
         return response
-
-
-class LimitBody:
-    """Refuse a request's body of more than 1 MB with 413, before it is read into memory.
-
-    The exception leaves through `receive`, where the app reads the body. So the app's own handler
-    of HTTPException shapes the answer, as it does for any other.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        promised = headers.get(b"content-length", b"0")
-        # A server refuses a length that is not a number; int() would also take "1_0".
-        size = int(promised) if promised.isdigit() and len(promised) < 20 else 0
-        came = 0
-
-        async def limited() -> Message:
-            nonlocal came
-            message = await receive() if size <= MAX_BODY else {"type": "http.request"}
-            came += len(message.get("body", b""))
-            if max(came, size) > MAX_BODY and message["type"] == "http.request":
-                raise HTTPException(413, f"The body has more than {MAX_BODY} bytes.")
-            return message
-
-        await self.app(scope, limited, send)
 
 
 async def invalid_input(_: Request, error: RequestValidationError) -> Response:

@@ -113,28 +113,31 @@ async def generate(session: Session, steps: int) -> AsyncGenerator[int]:
     yield 100 if session.is_open else -1
 
 
-def raise_at_2(number: int) -> bytes:
-    return f"{1 // (2 - number)}\n".encode()
+class Numbers(main.Stream):
+    media_type = "text/plain"
+
+    def render(self, number: int) -> bytes:
+        return f"{number}\n".encode()
+
+
+class RaiseAt2(Numbers):
+    def render(self, number: int) -> bytes:
+        return super().render(1 // (2 - number))
 
 
 def dependency() -> ASGIApp:
-    """A dependency with `yield`; with `INSIDE=1` also the middleware that saves memory."""
+    """A dependency with `yield`, a background task, and a stream that raises."""
     app = FastAPI()
-    if os.environ.get("INSIDE"):
-        app.add_middleware(main.FreeStack)
-
-    def to_line(number: int) -> bytes:
-        return f"{number}\n".encode()
 
     @app.get("/{steps}")
     async def stream(
         steps: int, session: Annotated[Session, Depends(open_session)], tasks: BackgroundTasks
     ) -> Response:
         tasks.add_task(lambda: print("background", session.is_open, flush=True))
-        return main.Stream(generate(session, steps), to_line, "text/plain")
+        return Numbers(generate(session, steps))
 
     @app.get("/raises/{steps}")
     async def raises(steps: int, session: Annotated[Session, Depends(open_session)]) -> Response:
-        return main.Stream(generate(session, steps), raise_at_2, "text/plain")
+        return RaiseAt2(generate(session, steps))
 
     return app
