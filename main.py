@@ -1,29 +1,25 @@
 """Three ways to stream over HTTP from Python: plain text, NDJSON and server-sent events.
 
 Run `uvicorn main:app --reload`, then open http://localhost:8000 or run `python client.py`.
-
-A generator makes events (1), a `Stream` sends them (2), in one of three formats (3). `EndStreams`
-ends what is open when the server stops (4). The endpoints tell how to resume (5). A browser gets a
-page at `/` (6). Sections 2 and 4 have imports of their own: copy each into a file, and use it.
+Sections 2 and 4 have imports of their own: each can be copied into a file, and used alone.
 """
 
 import asyncio
 import logging
 import math
-import mimetypes
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 logger = logging.getLogger(__name__)
 
+
 # 1. The events ------------------------------------------------------------------------------------
-
-
 class Event(BaseModel):
     """What all three streams carry. `is_last_event` tells a stream that ended from one cut off."""
 
@@ -33,11 +29,7 @@ class Event(BaseModel):
 
 
 async def generate_events(first: int, steps: int, interval: float) -> AsyncGenerator[Event]:
-    """Yield the events `first` to `steps - 1`, one every `interval` seconds, the first at once.
-
-    Event k is due k × interval after the first. If each event slept for the interval instead, the
-    delays would add up.
-    """
+    """Yield the events `first` to `steps - 1`. Event k is due k × interval after the first."""
     start = asyncio.get_running_loop().time()
     event_id = first
     try:
@@ -51,9 +43,7 @@ async def generate_events(first: int, steps: int, interval: float) -> AsyncGener
         logger.debug("generator closed at event %d of %d", event_id, steps)
 
 
-# All streams that are due in the same 2 ms share a timer. With thousands of them, a timer for each
-# event would cost a third of the CPU time.
-TICK = 0.002
+TICK = 0.002  # All that are due within it share a timer. One each would cost a third of the CPU.
 _ticks: dict[tuple[asyncio.AbstractEventLoop, int], asyncio.Event] = {}
 
 
@@ -69,11 +59,9 @@ async def sleep_until(due: float) -> None:
 
 
 # 2. The response ----------------------------------------------------------------------------------
-
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing, suppress
-from types import GeneratorType
 from typing import Any
 
 import anyio
@@ -82,21 +70,17 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 HEADERS = {
-    # no-cache: a cache would replay an old stream. no-transform: HAProxy would compress it.
-    "Cache-Control": "no-cache, no-transform",
-    # Without it, nginx with `gzip on` holds the stream back until its end.
-    # https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_buffering
-    "X-Accel-Buffering": "no",
+    "Cache-Control": "no-cache, no-transform",  # or a cache replays it, and HAProxy compresses it
+    "X-Accel-Buffering": "no",  # or nginx with `gzip on` holds it back until its end
 }
 
 
 class Stream(StreamingResponse):
     """A `StreamingResponse` that closes its generator at once, however the stream ends.
 
-    The generator ends or raises, the reader leaves, the server stops, the task is cancelled: each
-    time the generator's `finally` runs, and it may `await`. (Starlette's own response cancels a
-    cleanup at its first `await`.) While the reader is slow, the generator waits. If the generator
-    raises, the body is cut off, so that it does not look complete.
+    It ends, it raises, its reader leaves, the server stops, the task is cancelled: each time its
+    `finally` runs, and may `await`. (Starlette's own response cancels a cleanup at its first
+    `await`.) While the reader is slow, it waits. If it raises, the body is visibly cut off.
 
     `content` yields bytes, text, or what a subclass turns into bytes in `render`. A sync generator
     may block: it runs in threads. All arguments are those of `StreamingResponse`.
@@ -116,11 +100,11 @@ class Stream(StreamingResponse):
                 if count % 16 == 0:  # a generator that never awaits would stop everybody else
                     await asyncio.sleep(0)
         finally:
-            if isinstance(content, AsyncGenerator):
+            while getattr(content, "gi_running", False):  # noqa: ASYNC110  # it is in a thread
+                await asyncio.sleep(0.01)
+            if hasattr(content, "aclose"):
                 await content.aclose()
-            elif isinstance(content, GeneratorType):
-                while content.gi_running:  # noqa: ASYNC110  # a thread cannot be interrupted
-                    await asyncio.sleep(0.01)
+            elif hasattr(content, "close"):
                 await run_in_threadpool(content.close)
 
     async def stream_response(self, send: Send) -> None:
@@ -148,8 +132,6 @@ class Stream(StreamingResponse):
 
 
 # 3. The three formats -----------------------------------------------------------------------------
-
-
 class TextStream(Stream):
     """The events' text, a line each: easy to print, but nothing says which event it was."""
 
@@ -169,9 +151,8 @@ class NDJSONStream(Stream):
 
 
 class SSEStream(Stream):
-    """For a browser's `EventSource`: an id to resume by, the same JSON, and a blank line.
+    """For a browser's `EventSource`, which reconnects after `retry` ms, with the last `id`.
 
-    After the end it reconnects in `retry` ms. Without an `event` field, `onmessage` sees it all.
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
     """
 
@@ -186,12 +167,12 @@ class SSEStream(Stream):
 
 
 # 4. When the server is asked to stop --------------------------------------------------------------
-
 import asyncio
 import functools
 import signal
 from contextlib import suppress
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 
 class EndStreams:
@@ -199,31 +180,25 @@ class EndStreams:
 
     uvicorn waits for open connections, and tells an app that it stops only when all are closed:
     https://github.com/encode/uvicorn/issues/451. So this sends each open stream `http.disconnect`,
-    as if its reader had left. The app closes its generator, and the body gets its proper end. An
-    app that never asks is cancelled.
+    as if its reader had left, or cancels an app that never asks. Then the body gets its proper end.
 
     Only event streams that answer a GET are ended: their readers come back and go on where they
     were. Half of a download, or of the answer to a POST, must not look complete: it runs on.
     """
 
-    _loop: ClassVar[Any] = None  # of the latest server
-    _stopping: ClassVar[bool] = False
+    _stopping: ClassVar[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()  # by event loop
     _open: ClassVar[set["_Exchange"]] = set()
 
     def __init__(
-        self,
-        app: Any,
-        methods: tuple[str, ...] = ("GET",),
-        media_types: tuple[str, ...] = ("text/event-stream",),
+        self, app: Any, methods: Any = ("GET",), media_types: Any = ("text/event-stream",)
     ) -> None:
-        self.app, self.methods, self.media_types = app, methods, media_types
+        self.app, self.methods, self.media_types = app, methods, [t.encode() for t in media_types]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         loop = asyncio.get_running_loop()
-        if scope["type"] == "lifespan" or loop is not EndStreams._loop:  # a server starts
-            EndStreams._loop, EndStreams._stopping = loop, False
-        with suppress(ValueError):  # Python lets only the main thread set a signal handler
-            self._listen_to_signals()
+        if scope["type"] == "lifespan" or loop not in self._stopping:
+            self._stopping[loop] = False  # a server starts, perhaps not the first on this loop
+            self._watch(loop)
         if scope["type"] != "http" or scope.get("method", "GET") not in self.methods:
             await self.app(scope, receive, send)
             return
@@ -242,7 +217,7 @@ class EndStreams:
     @staticmethod
     def stop(handler: Any = None, *args: object) -> None:
         """End all streams of this process. Call it before you stop a server that is in a thread."""
-        EndStreams._stopping = True
+        EndStreams._stopping.update(dict.fromkeys(EndStreams._stopping, True))
         for exchange in list(EndStreams._open):
             with suppress(RuntimeError):  # its loop is closed
                 exchange.loop.call_soon_threadsafe(exchange.end)
@@ -250,27 +225,28 @@ class EndStreams:
             handler(*args)
 
     @staticmethod
-    def _listen_to_signals() -> None:
-        """Come before the server's handlers. Others may set theirs later: each request looks."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(signum)
-            function = getattr(handler, "func", handler)  # that of a functools.partial, as ours is
-            owner = getattr(function, "__self__", None)
-            # Python's own handler and that of asyncio.run() stop no server.
-            no_server = handler is signal.default_int_handler or isinstance(owner, asyncio.Runner)
-            if callable(handler) and function != EndStreams.stop and not no_server:
-                signal.signal(signum, functools.partial(EndStreams.stop, handler))
-                if signum == signal.SIGTERM and hasattr(owner, "should_exit"):
-                    EndStreams._watch(owner)
+    def _is_ours(handler: Any) -> bool:
+        """Whether it is `stop`, or wraps it, as that of a copy of this class may do."""
+        func, args = getattr(handler, "func", None), getattr(handler, "args", ())
+        return func == EndStreams.stop or any(map(EndStreams._is_ours, args))
 
     @staticmethod
-    def _watch(server: Any) -> None:
-        """uvicorn's `Server` can stop without a signal, as it does for `--limit-max-requests`."""
-        listens = not server.started or any(each.is_serving() for each in server.servers)
-        if listens and not server.should_exit:
-            EndStreams._loop.call_later(0.1, EndStreams._watch, server)
-        else:
+    def _watch(loop: asyncio.AbstractEventLoop, server: Any = None) -> None:
+        """Ten times a second, put `stop` before signal handlers that are new."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
+            owner = getattr(getattr(handler, "func", handler), "__self__", None)
+            # Python's own handler and that of asyncio.run() stop no server.
+            no_server = handler is signal.default_int_handler or isinstance(owner, asyncio.Runner)
+            if callable(handler) and not no_server and not EndStreams._is_ours(handler):
+                with suppress(ValueError):  # Python lets only the main thread set a handler
+                    signal.signal(signum, functools.partial(EndStreams.stop, handler))
+                    server = owner if hasattr(owner, "started") else server
+        # uvicorn's `Server` also stops without a signal, as for `--limit-max-requests`.
+        if server and server.started and not any(each.is_serving() for each in server.servers):
             EndStreams.stop()
+        else:
+            loop.call_later(0.1, EndStreams._watch, loop, server)
 
 
 class _Exchange:
@@ -280,10 +256,11 @@ class _Exchange:
         self.middleware, self._receive, self._send = middleware, receive, send
         self.loop, self.running = asyncio.get_running_loop(), asyncio.timeout(None)
         self.receiving: set[asyncio.Timeout] = set()  # one for each task that waits in `receive`
-        self.ended = self.owes_end = self.answers_twice = False
+        self.ended = self.owes_end = self.silent = False
 
     def end(self) -> None:
-        if not self.ended:  # a second signal must not end it once more
+        if self in EndStreams._open:  # neither over meanwhile, nor ended before
+            EndStreams._open.discard(self)
             self.ended = True
             for waiting in self.receiving:
                 waiting.reschedule(0)
@@ -304,31 +281,27 @@ class _Exchange:
 
     async def send(self, message: Any) -> None:
         begins = message["type"] == "http.response.start"
-        self.answers_twice |= begins and self.ended  # as the MCP SDK does after a disconnect
-        if self.answers_twice:
+        self.silent |= begins and self.ended  # the MCP SDK answers once more after a disconnect
+        if self.silent:
             return
-        if begins:  # ASGI wants header names in lower case, but Django's are not
+        if message["type"] == "http.response.body":
+            self.owes_end &= message.get("more_body", False)
+        elif begins:  # ASGI wants header names in lower case, but Django's are not
             headers = {name.lower(): value for name, value in message.get("headers", ())}
-            media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0]
-            is_stream = media_type.strip().lower() in self.middleware.media_types
-            if is_stream and b"content-length" not in headers:
+            media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if media_type in self.middleware.media_types and b"content-length" not in headers:
                 # Only its compressor could write the end of a compressed body. That stays cut off.
                 self.owes_end = b"content-encoding" not in headers
                 EndStreams._open.add(self)
-                if EndStreams._stopping:
+                if EndStreams._stopping[self.loop]:
                     self.end()
-        elif message["type"] == "http.response.body" and not message.get("more_body"):
-            self.owes_end = False
         await self._send(message)
 
 
 # 5. The endpoints ---------------------------------------------------------------------------------
-
 Steps = Annotated[int, Query(ge=1, le=100_000, description="How many events there are in all.")]
-# No stream is silent for longer than the idle timeouts of the usual proxies (30 to 60 s), so none
-# needs keep-alive comments.
+# 10 seconds are below the idle timeouts of the usual proxies (30 to 60): no keep-alive is needed.
 Interval = Annotated[float, Query(ge=0, le=10, allow_inf_nan=False, description="In seconds.")]
-# int() reads up to 4300 digits.
 LastID = Annotated[str, Header(pattern="^[0-9]{0,4300}$", description="Go on after this event.")]
 NOTHING_LEFT: Any = {204: {"description": "No event is left after `Last-Event-ID`."}}
 EACH_AN_OBJECT = {200: {"content": {SSEStream.media_type: {"schema": {"type": "object"}}}}}
@@ -344,7 +317,7 @@ def stream_after(last_event_id: str, steps: int, interval: float, form: type[Str
     The request alone says where to go on. Nothing is remembered between requests, so any worker,
     any machine and a server that has just started can answer.
     """
-    first = int(last_event_id) + 1 if last_event_id else 0
+    first = int(last_event_id) + 1 if last_event_id else 0  # int() reads up to 4300 digits
     if first >= steps:
         # An `EventSource` reconnects after every end of a stream, until it gets a 204. A cache may
         # keep a 204 (RFC 9110, section 15.3.5), and give it to a reader that wants all events.
@@ -371,11 +344,7 @@ async def sse(steps: Steps = 10, interval: Interval = 1, last_event_id: LastID =
 
 
 # 6. The page --------------------------------------------------------------------------------------
-
-
 class PageFiles(StaticFiles):
-    """The files in `page/`. Nothing in them is inline, nothing comes from another host."""
-
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
         policy = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -384,7 +353,6 @@ class PageFiles(StaticFiles):
         return response
 
 
-mimetypes.add_type("text/javascript", ".js")  # on Windows, other programs change it
 page = PageFiles(directory=Path(__file__).resolve().parent / "page", check_dir=False)
 app.mount("/page", page)
 
@@ -396,3 +364,7 @@ async def index(request: Request, response: Response) -> Any:
         return await page.get_response("index.html", request.scope)
     response.headers["Vary"] = "Accept"
     return {"message": "The same events three times.", "streams": ["/text", "/ndjson", "/sse"]}
+
+
+if __name__ == "__main__":
+    uvicorn.run(app)

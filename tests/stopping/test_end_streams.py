@@ -94,19 +94,18 @@ ALL_LINES = b"".join(b"%d\n" % number for number in range(30))
 
 
 def test_a_compressed_body(start: Start) -> None:
-    """It ends inside of gzip, which then writes its own end; from the outside it is left alone."""
+    """Inside of gzip it ends, and gzip writes its end. From the outside it can only be cut off."""
     server = start(*UVICORN, STACKS)
     target, gzipped = "/download?media_type=application/x-ndjson", "Accept-Encoding: gzip\r\n"
     inside = RawReader(server.port, f"/end_gzip{target}&interval=60", gzipped)
-    outside = RawReader(server.port, f"/gzip_end{target}", gzipped)
+    outside = RawReader(server.port, f"/gzip_end{target}&interval=60", gzipped)
     assert read_until([inside, outside], lambda: inside.arrivals and outside.arrivals)
     terminate(server)
-    for reader, lines in ((inside, b"0\n"), (outside, ALL_LINES)):
-        read_to_the_end(reader)
-        assert reader.ended_properly
-        assert gzip.decompress(reader.body) == lines
+    read_to_the_end(inside)
+    read_to_the_end(outside)
+    assert (inside.ended_properly, outside.ended_properly) == (True, False)
+    assert gzip.decompress(inside.body) == b"0\n"
     server.wait()
-    assert_no_error(server)
 
 
 def test_a_download_is_whole(start: Start) -> None:
@@ -172,7 +171,7 @@ def test_a_request_that_is_half_sent(stream: bool, start: Start) -> None:
     server = start(*UVICORN, APP)
     with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
         connection.sendall(
-            f"POST /upload?reader=me&stream={stream} HTTP/1.1\r\n"
+            f"{'GET' if stream else 'POST'} /upload?reader=me&stream={stream} HTTP/1.1\r\n"
             "Host: test\r\nContent-Length: 20\r\n\r\n0123456789".encode()
         )
         server.wait_for_log("upload 10")

@@ -164,7 +164,7 @@ async def download(media_type: str = DOWNLOAD, interval: float = 0.1) -> Respons
     return StreamingResponse(lines(), media_type=media_type)
 
 
-@router.post("/upload")
+@router.api_route("/upload", methods=["GET", "POST"])
 async def upload(reader: str, request: Request, stream: bool = False) -> Response:
     """Answers when the whole body is there, with its size or with a stream."""
     size = 0
