@@ -1,49 +1,45 @@
 """Minutes of work that outlive the request, the reader and the server.
 
 A report, a video, a model's training. The request only writes down what is to be done, and is
-answered at once; the work goes on whether somebody watches or not, and after a crash where it was.
-Take it for work that must not be lost. Work that may be lost with its reader, or that is over in
-seconds, needs no more than a generator: recipes/basics.py.
+answered at once. The work goes on whether or not somebody watches, and after a crash it goes on
+where it was. Take it for work that must not be lost. If the work may end with its reader, or takes
+only seconds, a generator is enough: recipes/basics.py.
 
 Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost:8000, or
 
     curl localhost:8000/tasks --json '{"parts": 9, "seconds": 1}'
     curl -N localhost:8000/tasks/ID/events
 
-DBOS keeps what each part returns, and the stream of progress, in a database: a file next to this
-one, or for more than one machine PostgreSQL, DATABASE_URL=postgresql://user:password@host/database.
+DBOS keeps what each part returned in a database: SQLite in a file next to this one, or PostgreSQL
+for more than one machine, DATABASE_URL=postgresql://user:password@host/database. How DBOS is
+started, and what happens when the database or a server goes away, is in long_task_database.py.
 """
 
 import asyncio
-import json
-import logging
+import hmac
 import os
-import socket
 import sys
-import time
 import uuid
-from asyncio import FIRST_COMPLETED
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, error
+from dbos import DBOS, StepOptions
 from fastapi import FastAPI, Header, HTTPException, Request, Response
-from fastapi import Path as PathParameter
-from fastapi.encoders import jsonable_encoder
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import exc
 
-from main import HEADERS, PAGE_HEADERS, EndStreams, LastEventID, PageFiles
+from main import HEADERS, EndStreams, Stream
+from recipes.common import keep_going, prepare
+from recipes.long_task_database import AWAY, DEATHS, Database
 
-T = TypeVar("T")
 NAME = "long_task"
-STREAM = "progress"
-HERE = Path(__file__).resolve().parent
-logger = logging.getLogger(__name__)
+POLL = 0.1  # seconds from one look at the tasks that are watched to the next
+KEEP = timedelta(days=7)  # from the end of a task until it is deleted
+KEEP_ALIVE = 10.0  # seconds of silence, then a comment
+database = Database(NAME, Path(__file__).resolve().with_suffix(".sqlite"), KEEP)
 
 
 # 1. The work --------------------------------------------------------------------------------------
@@ -52,94 +48,30 @@ logger = logging.getLogger(__name__)
 async def work(part: int, seconds: float) -> float:
     """Do one part of the work. Yours goes here; what blocks goes through `asyncio.to_thread`.
 
-    A part in which the server dies is done again, so it must not matter that it was begun before:
-    write to a file named after the part, insert with ON CONFLICT DO NOTHING.
+    A part in which the server dies is done again, so a second run must do no harm: write to a file
+    named after the part, insert with ON CONFLICT DO NOTHING.
     """
     await asyncio.sleep(seconds)
     return seconds
 
 
-@DBOS.workflow(name=NAME)
+# A part that raises is tried three times, with pauses of 1 and 2 seconds.
+RETRIES: StepOptions = {"name": "work", "retries_allowed": True, "max_attempts": 3}
+
+
+# No limit on recoveries: `Database` has one, for each part instead of the whole task.
+@DBOS.workflow(name=NAME, max_recovery_attempts=None)
 async def long_task(parts: int, seconds: float) -> dict[str, float]:
     """Do all parts. After a crash it runs from its top, but no step that is done is done again."""
     worked = 0.0
-    for part in range(parts):
-        worked += await DBOS.run_step_async({"name": "work"}, work, part, seconds)
-        # After the step, not in it: a step that is done again would write its event again.
-        await DBOS.write_stream_async(STREAM, {"done": part + 1, "parts": parts})
+    with database.at_work(str(DBOS.workflow_id)):
+        for part in range(parts):
+            # One step for each part, so that the number of steps is how far the task is.
+            worked += await DBOS.run_step_async(RETRIES, work, part, seconds)
     return {"seconds": worked}
 
 
-# 2. The database ----------------------------------------------------------------------------------
-
-DATABASE_URL = os.environ.get("DATABASE_URL") or f"sqlite:///{HERE / 'long_task.sqlite'}"
-POLL = 0.1  # seconds from one look for something new to the next
-GRACE = 15  # seconds that a part may be late before its server is given up
-KEEP_ALIVE = 10  # seconds of silence, then a comment
-AWAY = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutError)
-client: DBOSClient
-
-
-def start_dbos() -> None:
-    """Go on with the tasks that this machine left unfinished, and take new ones."""
-    global client
-    log = logging.getLogger("dbos")
-    log.setLevel(logging.CRITICAL)  # what goes wrong here is told by `lifespan`
-    log.addFilter(lambda record: "WorkflowCancelled" not in str(record.exc_info))
-    serializer = DBOSPortableJSONSerializer()  # the default is pickle
-    # Requests go through a client, which says when the database is away. DBOS itself waits.
-    client = DBOSClient(
-        system_database_url=DATABASE_URL,
-        serializer=serializer,
-        application_name=NAME,
-        use_listen_notify=DATABASE_URL.startswith("postgresql"),  # SQLite has none
-        retry_connection_errors=False,
-    )
-    DBOS(
-        config={
-            "name": NAME,
-            "system_database_url": DATABASE_URL,
-            "serializer": serializer,
-            # By default a hash of the workflow's code: an edit would leave what is running behind.
-            "application_version": "1",
-            # Whose tasks it takes up when it starts. By default everybody's, running or not.
-            "executor_id": socket.gethostname(),
-            "notification_listener_polling_interval_sec": POLL,
-            "log_level": "ERROR",  # below that, an outage is told in thousands of lines
-        }
-    )
-    DBOS.launch()
-    DBOS.register_queue(NAME, worker_concurrency=100, polling_interval_sec=POLL)
-
-
-async def ask(question: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Ask the database, for 4 seconds at most, without holding up the event loop."""
-    return await asyncio.wait_for(asyncio.to_thread(question, *args, **kwargs), 4)
-
-
-async def rescue_tasks() -> None:
-    """Put tasks that stand still back into the queue: the server that had them is gone, or hangs.
-
-    If it was only slow, nothing breaks: DBOS refuses what comes from any but the last to begin.
-    """
-    seen: dict[tuple[str, int | None], tuple[int, float]] = {}
-    while True:
-        await asyncio.sleep(GRACE / 3)
-        before, seen, now = seen, {}, time.monotonic()
-        try:
-            running: list[Any] = await ask(client.list_workflows, status="PENDING")
-            for task in running:
-                key = task.workflow_id, task.dequeued_at
-                steps, since = before.get(key, (0, now))
-                new = await ask(client.list_workflow_steps, task.workflow_id, offset=steps)
-                seen[key] = steps + len(new), now if new else since
-                if now - seen[key][1] > task.input["args"][1] + GRACE:
-                    await ask(client.resume_workflow, task.workflow_id, queue_name=NAME)
-        except AWAY:
-            logger.error("The database is away. Tasks and readers wait for it.")
-
-
-# 3. A task, as a reader sees it -------------------------------------------------------------------
+# 2. A task, as a reader sees it -------------------------------------------------------------------
 
 
 class Task(BaseModel):
@@ -155,100 +87,106 @@ STATUS: dict[str, Any] = {"ENQUEUED": "running", "PENDING": "running"}
 STATUS |= {"SUCCESS": "done", "CANCELLED": "cancelled"}
 
 
+def read_tasks(task_ids: list[str]) -> dict[str, Task]:
+    """Return those of these tasks that there are."""
+    workflows: list[Any] = database.client.list_workflows(workflow_ids=task_ids, name=NAME)
+    done = database.count_parts(task_ids)  # after the status: what is over has all its parts
+    tasks = {}
+    for workflow in workflows:
+        task_id = workflow.workflow_id
+        task = tasks[task_id] = Task(
+            task_id=task_id,
+            status=STATUS.get(workflow.status, "failed"),
+            done=done[task_id],
+            parts=workflow.input["args"][0],
+            result=workflow.output,
+        )
+        if (workflow.attributes or {}).get("deaths") == DEATHS:
+            task.status = "failed"
+            task.error = f"{DEATHS} servers in a row did not survive part {task.done + 1}"
+        elif task.status == "failed":
+            task.error = str(workflow.error or workflow.status)
+    return tasks
+
+
 def read_task(task_id: str) -> Task:
     with suppress(ValueError):
-        workflows: list[Any] = client.list_workflows(workflow_ids=[str(uuid.UUID(task_id))])
-        for workflow in workflows:
-            done = 0
-            with suppress(error.DBOSStreamTimeoutError):  # that was all until now
-                for _ in client.read_stream(workflow.workflow_id, STREAM, timeout_seconds=0):
-                    done += 1
-            status = STATUS.get(workflow.status, "failed")
-            return Task(
-                task_id=workflow.workflow_id,
-                status=status,
-                done=done,
-                parts=workflow.input["args"][0],
-                result=workflow.output,
-                error=str(workflow.error or workflow.status) if status == "failed" else None,
-            )
+        task_id = str(uuid.UUID(task_id))
+        if task := read_tasks([task_id]).get(task_id):
+            return task
     raise HTTPException(404, "There is no such task.")
 
 
 class Watch:
-    """A task's stream, read once for all who watch it in this process. Frame n has the id n."""
+    """A task that somebody watches in this process, as it was at the last look."""
 
     def __init__(self, task: Task) -> None:
-        watches[task.task_id] = self
-        self.task = task
+        self.task: Task | None = task  # None: it is no longer there
         self.readers = 0
-        self.frames: list[bytes] = []
-        self.news: asyncio.Future[None] = asyncio.Future()
-        self.reading = asyncio.create_task(self.read(task.task_id))
-
-    def add(self, data: str, fields: str = "") -> None:
-        self.frames.append(f"{fields}id: {len(self.frames)}\ndata: {data}\n\n".encode())
-        self.news.set_result(None)
-        self.news = asyncio.Future()
-
-    async def read(self, task_id: str) -> None:
-        while True:
-            values = client.read_stream_async(
-                task_id, STREAM, offset=len(self.frames), polling_interval_sec=POLL
-            )
-            try:
-                async with aclosing(values):
-                    async for value in values:
-                        self.add(json.dumps(value))
-                self.task = await ask(read_task, task_id)
-                return self.add(self.task.model_dump_json(), "event: end\n")
-            except AWAY:
-                await asyncio.sleep(1)
+        self.news = asyncio.Event()
 
 
 watches: dict[str, Watch] = {}
 
 
-async def follow(task: Task, first: int) -> AsyncIterator[bytes]:
-    """Yield a task's frames from `first` to the end, and a comment in each longer silence."""
-    watch = watches.get(task.task_id) or Watch(task)
+async def watch_tasks() -> None:
+    """Look at all tasks that are watched, in one go, however many readers they have."""
+    await asyncio.sleep(POLL)
+    if watched := list(watches):
+        tasks = await database.ask(read_tasks, watched)
+        for task_id in watched:
+            watch, task = watches.get(task_id), tasks.get(task_id)
+            if watch and watch.task != task:
+                watch.task, news = task, watch.news
+                watch.news = asyncio.Event()
+                news.set()
+
+
+async def follow(task: Task, first: int) -> AsyncIterator[str]:
+    """Yield a task's events from number `first` to the end, and a comment in each silence."""
+    watch = watches.setdefault(task.task_id, Watch(task))
     watch.readers += 1
     try:
-        yield b"retry: 1000\n\n"
-        while True:
-            if frames := watch.frames[first:]:
-                first += len(frames)
-                yield b"".join(frames)
-            elif watch.reading.done():
+        yield "retry: 1000\n\n"
+        while now := watch.task:
+            news = watch.news
+            for n in range(first, now.done):
+                yield f'id: {n}\ndata: {{"done": {n + 1}, "parts": {now.parts}}}\n\n'
+            first = max(first, now.done)
+            if now.status != "running":
+                yield f"event: end\nid: {now.done}\ndata: {now.model_dump_json()}\n\n"
                 return
-            else:
-                more = (watch.news, watch.reading)
-                heard, _ = await asyncio.wait(more, timeout=KEEP_ALIVE, return_when=FIRST_COMPLETED)
-                if not heard:
-                    yield b": keep-alive\n\n"
+            try:
+                await asyncio.wait_for(news.wait(), KEEP_ALIVE)
+            except TimeoutError:
+                yield ": keep-alive\n\n"
     finally:
         watch.readers -= 1
         if not watch.readers:
-            watch.reading.cancel()
-            watches.pop(task.task_id, None)
+            del watches[task.task_id]
 
 
-# 4. The requests ----------------------------------------------------------------------------------
+# 3. The requests ----------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     try:
-        # In a thread: started from a coroutine, DBOS would run the work on the server's event loop.
-        await asyncio.to_thread(start_dbos)
-    except (*AWAY, exc.ArgumentError, error.DBOSException) as problem:
-        print(f"Cannot use DATABASE_URL: {str(problem).splitlines()[0]}", file=sys.stderr)
+        await database.start()
+    except Exception as problem:
+        why = str(problem).partition("\n")[0]
+        print(f"Cannot use DATABASE_URL: {why}", file=sys.stderr)
         os._exit(3)  # as uvicorn itself does, but without its traceback
-    rescue = asyncio.create_task(rescue_tasks())
+    loops = [
+        keep_going("Tasks cannot be watched", watch_tasks),
+        keep_going("Tasks cannot be looked after", database.look_after_tasks, pause=2),
+        keep_going("Tasks cannot be deleted", database.delete_old_tasks, pause=60),
+    ]
+    tasks = [asyncio.create_task(loop) for loop in loops]
     yield
-    rescue.cancel()
-    DBOS.destroy()  # waits for no task: they go on after the next start
-    client.destroy()
+    for task in tasks:
+        task.cancel()
+    await database.stop()
 
 
 async def database_away(_: Request, problem: Exception) -> Response:
@@ -258,25 +196,7 @@ async def database_away(_: Request, problem: Exception) -> Response:
 
 app = FastAPI(lifespan=lifespan, exception_handlers=dict.fromkeys(AWAY, database_away))
 app.add_middleware(EndStreams)
-
-
-@app.exception_handler(RequestValidationError)
-async def invalid_input(_: Request, problem: RequestValidationError) -> Response:
-    """FastAPI's 422, also where it repeats an input that neither JSON nor UTF-8 can hold.
-
-    https://github.com/fastapi/fastapi/issues/459
-    """
-    detail = json.dumps({"detail": jsonable_encoder(problem.errors())})
-    detail = json.dumps(json.loads(detail, parse_constant=str))
-    return Response(detail, 422, media_type="application/json")
-
-
-def invalid_header(name: str, value: object, message: str) -> HTTPException:
-    detail = {"type": "value_error", "loc": ("header", name), "msg": message, "input": value}
-    return HTTPException(422, [detail])
-
-
-TaskID = Annotated[str, PathParameter(json_schema_extra={"format": "uuid"})]
+prepare(app, page="long_task.html")
 
 
 class NewTask(BaseModel):
@@ -286,57 +206,60 @@ class NewTask(BaseModel):
 
 def start_task(task_id: str, *args: Any) -> Any:
     """Write down what is to be done, unless that was done before; return what is written there."""
-    handle: Any = client.enqueue(
+    handle: Any = database.client.enqueue(
         {"queue_name": NAME, "workflow_name": NAME, "workflow_id": task_id}, *args
     )
     return handle.get_status().input["args"]
 
 
 def cancel_task(task_id: str) -> Task:
-    client.cancel_workflow(read_task(task_id).task_id)
+    database.client.cancel_workflow(read_task(task_id).task_id)
     return read_task(task_id)
+
+
+def invalid_header(name: str, value: object, message: str) -> HTTPException:
+    detail = {"type": "value_error", "loc": ("header", name), "msg": message, "input": value}
+    return HTTPException(422, [detail])
 
 
 @app.post("/tasks", status_code=202)
 async def start(
     new: NewTask, response: Response, idempotency_key: Annotated[str | None, Header()] = None
 ) -> dict[str, str]:
-    """Start a task. Who got no answer sends it again: the same key gives the same task."""
-    key = uuid.uuid5(uuid.NAMESPACE_OID, idempotency_key) if idempotency_key else uuid.uuid4()
+    """Start a task. If you got no answer, send it again: the same key gives the same task."""
+    task_id = uuid.uuid4()
+    if idempotency_key:
+        # The same on each server, and nobody can tell it from the key alone.
+        digest = hmac.digest(database.secret.encode(), idempotency_key.encode(), "sha256")
+        task_id = uuid.UUID(bytes=digest[:16], version=4)
     args = new.parts, new.seconds
-    if await ask(start_task, str(key), *args) != args:
+    if await database.ask(start_task, str(task_id), *args) != args:
         message = "Another task was started with this key"
         raise invalid_header("idempotency-key", idempotency_key, message)
-    response.headers["Location"] = f"/tasks/{key}"
-    return {"task_id": str(key)}
+    response.headers["Location"] = f"/tasks/{task_id}"
+    return {"task_id": str(task_id)}
 
 
 @app.get("/tasks/{task_id}")
-async def show(task_id: TaskID) -> Task:
-    return await ask(read_task, task_id)
+async def show(task_id: str) -> Task:
+    return await database.ask(read_task, task_id)
 
 
 @app.delete("/tasks/{task_id}", status_code=202)
-async def cancel(task_id: TaskID) -> Task:
+async def cancel(task_id: str) -> Task:
     """Let a task stop before its next part."""
-    return await ask(cancel_task, task_id)
+    return await database.ask(cancel_task, task_id)
 
 
 @app.get("/tasks/{task_id}/events", response_class=StreamingResponse)
-async def events(task_id: TaskID, last_event_id: LastEventID = None) -> Response:
-    task = watches[task_id].task if task_id in watches else await show(task_id)
-    first = 0 if last_event_id is None else last_event_id + 1
+async def events(
+    task_id: str, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
+) -> Response:
+    task = await show(task_id)
+    first = int(last_event_id) + 1 if last_event_id else 0
     if first > task.parts + 1:
         message = f"Input should be at most {task.parts}, the id of the end"
         raise invalid_header("last-event-id", last_event_id, message)
     if first > task.done and task.status != "running":
         return Response(status_code=204, headers=HEADERS)
-    return StreamingResponse(follow(task, first), media_type="text/event-stream", headers=HEADERS)
-
-
-@app.get("/", response_class=FileResponse)
-async def page() -> Response:
-    return FileResponse(HERE / "pages/long_task.html", headers=PAGE_HEADERS)
-
-
-app.mount("/pages", PageFiles(directory=HERE / "pages"))
+    return Stream(follow(task, first), media_type="text/event-stream")

@@ -1,19 +1,22 @@
 """recipes/long_task: what is on the wire, what is refused, and what the faults leave behind."""
 
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
 from main import HEADERS
-from tests.recipes import long_task_faults as faults
-from tests.recipes.long_task_faults import (
+from tests.faults import long_task as faults
+from tests.faults.long_task import (
     FAILING,
     Place,
     Reader,
@@ -247,7 +250,7 @@ def test_a_silence_longer_than_the_proxys_patience() -> None:
         faults.read_through_nginx(here, 1, 9, changes, keep_alive=1)
 
 
-# The faults, in short: `python -m tests.recipes.long_task_faults` has them in full ----------------
+# The faults, in short: `python -m tests.faults.long_task` has them in full ----------------
 
 
 def test_kill_after_each_part() -> None:
@@ -272,7 +275,19 @@ def test_an_edit_under_reload() -> None:
 
 def test_a_server_is_lost_for_good(postgres: Postgres) -> None:
     with place(postgres.database_url) as here:
-        faults.lose_one_of_two(here, signal.SIGKILL, grace="1")
+        faults.lose_one_of_two(here, look="0.5")
+
+
+@pytest.mark.parametrize("database", ["SQLite", "PostgreSQL"])
+def test_slow_is_not_dead(database: str, postgres: Postgres) -> None:
+    with place(postgres.database_url if database == "PostgreSQL" else "") as here:
+        faults.slow_is_not_dead(here, 2, look="0.3")
+
+
+def test_a_part_that_its_server_does_not_survive() -> None:
+    with place() as here:
+        error = faults.three_deaths(here, look="0.5")
+    assert error == "3 servers in a row did not survive part 1"
 
 
 def test_started_on_one_server_cancelled_on_another(postgres: Postgres) -> None:
@@ -280,23 +295,137 @@ def test_started_on_one_server_cancelled_on_another(postgres: Postgres) -> None:
         faults.two_servers(here, 3)
 
 
-def test_the_database_goes_away(postgres: Postgres) -> None:
+@pytest.mark.parametrize(
+    "away", [faults.killed, faults.hanging, faults.read_only, faults.without_a_table]
+)
+def test_the_database_is_away(postgres: Postgres, away: faults.Away) -> None:
     with place(postgres.database_url) as here:
-        faults.take_the_database_away(here, postgres, 3)
+        faults.take_the_database_away(here, postgres, away, 3)
 
 
-def test_the_database_hangs(postgres: Postgres) -> None:
-    """It takes connections, but says nothing."""
+def test_the_database_comes_back_empty(postgres: Postgres) -> None:
+    """Its tasks are gone, which is told, and new ones can be started."""
     with place(postgres.database_url) as here:
-        server = here.serve()
-        task_id = start_task(server, 8, 0.3)
+        server = here.serve(LOOK="0.5")
+        task_id = start_task(server, 60, 0.5)
         reader = Reader(server.url, task_id)
         reader.wait_for_event(1)
-        postgres.signal(signal.SIGSTOP, everyone=True)
-        try:
-            answer = httpx.get(f"{server.url}/tasks/{task_id}", timeout=LIMIT)
-        finally:
-            postgres.signal(signal.SIGCONT, everyone=True)
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
-        assert_exact(reader.wait(), 8)
+        with psycopg.connect(postgres.database_url) as connection:
+            connection.execute("DROP SCHEMA dbos CASCADE")
+        wait_for(lambda: reader.status == 404, "the reader to be told")
+        new = Reader(server.url, start_task(server, 2, 0))
+        assert_exact(new.wait(), 2)
+
+
+def test_the_database_comes_back_older(postgres: Postgres) -> None:
+    """From a backup: what is missing is done again, and no reader gets an event twice."""
+    with place(postgres.database_url) as here:
+        server = here.serve(LOOK="0.5")
+        task_id = start_task(server, 20, 0.3)
+        reader = Reader(server.url, task_id)
+        reader.wait_for_event(5)
+        with psycopg.connect(postgres.database_url) as connection:
+            connection.execute("DELETE FROM dbos.operation_outputs WHERE function_id > 3")
+            connection.execute("UPDATE dbos.workflow_status SET owner_xid = 'of an older claim'")
+        assert_exact(reader.wait(), 20)
         assert reader.connections == 1
+        assert here.begun(task_id)[4] == 2
+
+
+def test_a_server_whose_lock_is_lost_takes_it_again(postgres: Postgres) -> None:
+    """Its tasks may be given to another meanwhile. Nothing is lost, and nothing is sent twice."""
+    locks = (
+        "SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        " WHERE locktype = 'advisory' AND granted AND query LIKE '%hashtextextended%'"
+    )
+    with place(postgres.database_url) as here, psycopg.connect(postgres.database_url) as connection:
+        connection.autocommit = True
+        servers = [here.serve(LOOK="0.5") for _ in range(2)]
+        readers = [Reader(servers[n % 2].url, start_task(servers[0], 12, 0.3)) for n in range(4)]
+        for reader in readers:
+            reader.wait_for_event(1)
+        before = set(connection.execute(locks))
+        assert len(before) == 2
+        for pid in before:
+            connection.execute("SELECT pg_terminate_backend(%s)", pid)
+        for reader in readers:
+            assert_exact(reader.wait(), 12)
+        wait_for(lambda: len(set(connection.execute(locks)) - before) == 2, "two new locks")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("away", [faults.killed, faults.hanging])
+def test_one_signal_is_enough_while_the_database_is_away(
+    postgres: Postgres, away: faults.Away, signum: int
+) -> None:
+    with place(postgres.database_url) as here:
+        server = here.serve()
+        task_id = start_task(server, 60, 0.3)
+        Reader(server.url, task_id).wait_for_event(1)
+        with away(postgres):
+            answer = httpx.get(f"{server.url}/tasks/{task_id}", timeout=LIMIT)
+            assert answer.status_code == 503
+            asked = time.monotonic()
+            server.signal(signum)
+            server.wait()
+            assert time.monotonic() - asked < 20
+
+
+def test_the_loops_outlive_what_nobody_has_foreseen(postgres: Postgres) -> None:
+    with place(postgres.database_url) as here:
+        lost, other = (here.serve(LOOK="0.5") for _ in range(2))
+        tasks = [start_task(lost, 20, 0.3) for _ in range(8)]
+        readers = [Reader(other.url, task_id) for task_id in tasks]
+        for reader in readers:
+            reader.wait_for_event(1)
+        httpx.post(f"{other.url}/broken/4")
+        other.wait_for_log("Tasks cannot be watched: IndexError: list index out of range")
+        other.wait_for_log("Tasks cannot be looked after: IndexError: list index out of range")
+        lost.kill()
+        for reader in readers:
+            assert_exact(reader.wait(), 20)
+            assert reader.connections == 1
+
+
+OTHER = """
+import time
+from dbos import DBOS
+
+@DBOS.workflow()
+def another() -> None:
+    print("running", flush=True)
+    time.sleep(600)
+
+DBOS(config={"name": "another", "system_database_url": %r, "executor_id": "another"})
+DBOS.launch()
+another()
+"""
+
+
+def test_other_workflows_in_the_same_database(postgres: Postgres) -> None:
+    look = "SELECT status, executor_id FROM dbos.workflow_status WHERE name = 'another'"
+    with place(postgres.database_url) as here:
+        command = [sys.executable, "-c", OTHER % postgres.database_url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as another:
+            assert another.stdout
+            assert another.stdout.readline() == "running\n"
+            another.kill()
+        server = here.serve(LOOK="0.2")
+        assert_exact(Reader(server.url, start_task(server, 6, 0.3)).wait(), 6)
+        with psycopg.connect(postgres.database_url) as connection:
+            assert connection.execute(look).fetchall() == [("PENDING", "another")]
+        assert "IndexError" not in server.log
+
+
+def test_tasks_are_deleted_in_the_end(here: Place, client: httpx.Client, server: Process) -> None:
+    task_id, young = start_task(server, 1, 0), start_task(server, 1, 0)
+    for reader in (Reader(server.url, task_id), Reader(server.url, young)):
+        reader.wait()
+    eight_days = 8 * 24 * 3600 * 1000
+    with sqlite3.connect(here.database_url.removeprefix("sqlite:///")) as connection:
+        old = "UPDATE workflow_status SET completed_at = completed_at - ? WHERE workflow_uuid = ?"
+        connection.execute(old, [eight_days, task_id])
+    server.kill()
+    server.start()
+    wait_for(lambda: client.get(f"/tasks/{task_id}").status_code == 404, "it to be deleted")
+    assert client.get(f"/tasks/{young}").status_code == 200

@@ -1,13 +1,14 @@
 """Pull the plug on recipes/long_task again and again, and see what its readers lose or get twice.
 
-Run `python -m tests.recipes.long_task_faults`: a quarter of an hour. It prints a Markdown table, of
+Run `python -m tests.faults.long_task`: a quarter of an hour. It prints a Markdown table, of
 SQLite and of PostgreSQL. The tests run each of these faults in short.
 
-`python -m tests.recipes.long_task_faults --nginx` reads tasks of 15 minutes through nginx.
+`python -m tests.faults.long_task --nginx` reads tasks of 15 minutes through nginx.
 """
 
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -20,13 +21,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psycopg
 import pytest
 import requests
 
@@ -37,6 +39,7 @@ from tests.support.raw_reader import RawReader, many_descriptors, read_until
 
 RECORDED = (sys.executable, "-m", "uvicorn", "tests.support.recorded_work:app", "--port", "{port}")
 FAILING = 0.125  # seconds for each part of a task that fails in its third
+SLOW = 0.25  # seconds for each part of a task whose third takes six seconds longer
 
 
 # The servers and the readers ----------------------------------------------------------------------
@@ -67,7 +70,7 @@ class Place:
         port = free_port()
         words = [word.replace("{port}", str(port)) for word in (*RECORDED, *options)]
         own = {"DATABASE_URL": self.database_url, "WORK_LOG": str(self.work_log)}
-        own["FAILING"] = str(FAILING)
+        own |= {"FAILING": str(FAILING), "SLOW": str(SLOW)}
         log = self.tmp / f"server-{len(self.servers)}.log"
         server = Process(words, log, port, cwd=cwd, env=ENVIRONMENT | own | environment)
         self.servers.append(server)
@@ -89,8 +92,8 @@ class Place:
         """The processes that began its parts, in order."""
         return [entry.pid for entry in self.worked("begin") if entry.task_id == task_id]
 
-    def has_begun(self, task_id: str, part: int) -> bool:
-        return bool(self.begun(task_id)[part])
+    def has_begun(self, task_id: str, part: int, times: int = 1) -> bool:
+        return self.begun(task_id)[part] >= times
 
     def close(self) -> None:
         for server in self.servers:
@@ -216,7 +219,7 @@ def kill_after_each_part(here: Place, parts: int) -> str:
 
     The first time in the next part, the last time between the last part and the end.
     """
-    server = here.serve(PAUSE="600")
+    server = here.serve(PAUSE_AFTER=str(parts))
     task_id = start_task(server, parts, 0.3)
     reader = Reader(server.url, task_id)
     for part in range(parts):
@@ -228,7 +231,7 @@ def kill_after_each_part(here: Place, parts: int) -> str:
             interrupted = all(entry.part != 1 for entry in here.worked("end"))
         if part == parts - 1:
             assert not reader.ended
-            server.options["env"].pop("PAUSE")
+            server.options["env"].pop("PAUSE_AFTER")
         server.start()
     assert_exact(reader.wait(), parts)
     begun = here.begun(task_id)
@@ -330,29 +333,57 @@ def save_the_code(here: Place, tasks: int, parts: int, readers: int) -> str:
     return f"{tasks} tasks, {readers} readers; up again after {took:.1f} s"
 
 
-def lose_one_of_two(here: Place, signum: int, grace: str = "15") -> str:
-    """Kill one of two servers for good, or let it hang until the other has done all the work."""
-    lost, other = (here.serve(GRACE=grace) for _ in range(2))
+def lose_one_of_two(here: Place, look: str = "5") -> str:
+    """Kill one of two servers for good."""
+    lost, other = (here.serve(LOOK=look) for _ in range(2))
     parts = 14
     readers: list[Reader] = []
     # Whichever asks first gets a task: start some until the one that will be lost has just got one.
     while not any(here.workers(reader.task_id)[-1] == lost.pid for reader in readers[-1:]):
         readers.append(Reader(other.url, start_task(lost, parts, 0.4)))
         readers[-1].wait_for_event(1)
-    lost.signal(signum)
+    lost.signal(signal.SIGKILL)
     arrivals = []
     for reader in readers:
         events = reader.wait(3 * LIMIT)
         assert_exact(events, parts)
         arrivals.append([event.arrived for event in events])
     assert set(here.workers(readers[-1].task_id)) == {lost.pid, other.pid}
-    if signum == signal.SIGSTOP:
-        lost.signal(signal.SIGCONT)  # it goes on with its parts, and is refused
-        for reader in readers:
-            assert read_task(lost, reader.task_id)["status"] == "done"
-            assert_exact(Reader(lost.url, reader.task_id).wait(), parts)
     silence = max(b - a for stamps in arrivals for a, b in itertools.pairwise(stamps))
     return f"the other went on after {silence:.0f} s"
+
+
+def slow_is_not_dead(here: Place, servers: int, look: str = "5") -> str:
+    """Let a part take much longer than it was said to, and a server hang: both keep their task."""
+    first, *others = (here.serve(LOOK=look) for _ in range(servers))
+    slow = Reader(first.url, start_task(first, 4, SLOW))
+    hung = Reader(others[0].url if others else first.url, start_task(first, 8, 0.5))
+    hung.wait_for_event(1)
+    (pid,) = set(here.workers(hung.task_id))
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(20 * float(look))  # nothing that could be waited for should happen
+    os.kill(pid, signal.SIGCONT)
+    assert_exact(slow.wait(), 4)
+    assert_exact(hung.wait(), 8)
+    for reader in (slow, hung):
+        assert set(here.begun(reader.task_id).values()) == {1}, "each part once"
+    return "each part was done once"
+
+
+def three_deaths(here: Place, look: str = "5") -> str:
+    """Kill the server three times in the same part."""
+    server = here.serve(LOOK=look)
+    task_id = start_task(server, 3, 0)
+    assert_exact(Reader(server.url, task_id).wait(), 3)
+    task_id = start_task(server, 2, 50)
+    for death in range(3):
+        wait_for(partial(here.has_begun, task_id, 0, death + 1), "the part to begin")
+        server.kill()
+        server.start()
+    events = Reader(server.url, task_id).wait()
+    assert_exact(events, 0, "failed")
+    assert here.begun(task_id) == {0: 3}
+    return str(events[-1].data["error"])
 
 
 def two_servers(here: Place, parts: int) -> str:
@@ -383,33 +414,75 @@ def percentiles(seconds: list[float]) -> str:
     return f"p50 {ordered[len(ordered) // 2]}, p99 {ordered[len(ordered) * 99 // 100]}"
 
 
-def take_the_database_away(here: Place, postgres: Postgres, seconds: float) -> str:
-    """Kill PostgreSQL under a task and its reader, and start it again after so many seconds."""
-    server = here.serve()
+@contextmanager
+def killed(postgres: Postgres) -> Iterator[None]:
+    postgres.kill()
+    yield
+    postgres.start()
+
+
+@contextmanager
+def hanging(postgres: Postgres) -> Iterator[None]:
+    """It takes connections, but says nothing."""
+    postgres.signal(signal.SIGSTOP, everyone=True)
+    yield
+    postgres.signal(signal.SIGCONT, everyone=True)
+
+
+@contextmanager
+def read_only(postgres: Postgres) -> Iterator[None]:
+    """As after a failover."""
+    with psycopg.connect(postgres.database_url, autocommit=True) as connection:
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        connection.execute("SELECT pg_reload_conf()")
+        yield
+        connection.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        connection.execute("SELECT pg_reload_conf()")
+
+
+@contextmanager
+def without_a_table(postgres: Postgres) -> Iterator[None]:
+    """As while somebody restores it."""
+    with psycopg.connect(postgres.database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE dbos.workflow_status RENAME TO elsewhere")
+        yield
+        connection.execute("ALTER TABLE dbos.elsewhere RENAME TO workflow_status")
+
+
+Away = Callable[[Postgres], AbstractContextManager[None]]
+
+
+def take_the_database_away(here: Place, postgres: Postgres, away: Away, seconds: float) -> str:
+    """Take the database from a task and its reader for so many seconds."""
+    server = here.serve(KEEP_ALIVE="1")
     task_id = start_task(server, 14, 0.5)
     reader = Reader(server.url, task_id)
     reader.wait_for_event(1)
-    postgres.kill()
-    back = time.monotonic() + seconds
-    answers = [
-        requests.get(f"{server.url}/tasks/{task_id}", timeout=LIMIT),
-        requests.post(f"{server.url}/tasks", json={"parts": 1, "seconds": 0}, timeout=LIMIT),
-        requests.delete(f"{server.url}/tasks/{task_id}", timeout=LIMIT),
-    ]
-    for answer in answers:
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
-    slowest = max(answer.elapsed.total_seconds() for answer in answers)
-    wait_for(lambda: reader.comments, "a keep-alive comment")
-    time.sleep(max(0, back - time.monotonic()))
-    seen = len(reader.events)
-    postgres.start()
+    with away(postgres):
+        back = time.monotonic() + seconds
+        time.sleep(0.5)  # the connections that are open are told by and by
+        answers = [
+            requests.get(f"{server.url}/tasks/{task_id}", timeout=LIMIT),
+            requests.post(f"{server.url}/tasks", json={"parts": 1, "seconds": 0}, timeout=LIMIT),
+            requests.delete(f"{server.url}/tasks/{task_id}", timeout=LIMIT),
+        ]
+        for answer in answers:
+            assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
+        slowest = max(answer.elapsed.total_seconds() for answer in answers)
+        assert slowest < 5
+        comments = reader.comments
+        wait_for(lambda: reader.comments > comments, "a keep-alive comment")
+        time.sleep(max(0, back - time.monotonic()))
+        seen = len(reader.events)
     started = time.monotonic()
-    wait_for(lambda: len(reader.events) > seen, "the task to go on", 3 * LIMIT)
+    wait_for(lambda: len(reader.events) > seen, "the task to go on")
     took = time.monotonic() - started
     assert_exact(reader.wait(), 14)
     assert reader.connections == 1
-    # What was refused has left nothing behind.
-    assert {entry.task_id for entry in here.worked("begin")} == {task_id}
+    # What was refused has left nothing behind, or at most what was asked for.
+    if away is not hanging:
+        assert {entry.task_id for entry in here.worked("begin")} == {task_id}
     assert "Traceback" not in server.log
     return f"{seconds:.0f} s; 503 within {slowest:.1f} s; it went on {took:.1f} s after its return"
 
@@ -486,6 +559,7 @@ def main() -> None:
             "kill -9 at a random moment": lambda here: kill_at_random(here, 900, 25),
             "SIGTERM": lambda here: terminate(here, 20, 20, 200),
             "`--reload`: the workflow is edited": lambda here: save_the_code(here, 20, 20, 200),
+            "kill -9 three times in a part": three_deaths,
             "1 reader": lambda here: many_readers(here, 100, 1),
             "500 readers": lambda here: many_readers(here, 100, 500),
         }
@@ -497,10 +571,13 @@ def main() -> None:
             print(f"| {name} | {outcomes[0]} | {outcomes[1]} |", flush=True)
         alone: dict[str, Callable[[Place], str]] = {
             "two servers": lambda here: two_servers(here, 100),
-            "one of two servers killed": lambda here: lose_one_of_two(here, signal.SIGKILL),
-            "one of two servers hangs": lambda here: lose_one_of_two(here, signal.SIGSTOP),
-            "the database killed": lambda here: take_the_database_away(here, postgres, 60),
+            "one of two servers killed": lose_one_of_two,
+            "a part takes longer, a server hangs": lambda here: slow_is_not_dead(here, 2),
         }
+        for away in (killed, hanging, read_only, without_a_table):
+            alone[f"PostgreSQL: {away.__name__}"] = partial(
+                take_the_database_away, postgres=postgres, away=away, seconds=60
+            )
         for name, fault in alone.items():
             with place(postgres.database_url) as here:
                 print(f"| {name} | – | {fault(here)} |", flush=True)
