@@ -1,37 +1,44 @@
-// Starts a task and follows it. This page remembers nothing: the id is in the address, and the server
-// knows the rest.
+// Starts a task and follows it. This page remembers nothing: the task is in the address, and the
+// server knows the rest.
 
-const [form, parts, seconds, start, cancel, status, card, bar, done, left] = [
-  "new", "parts", "seconds", "start", "cancel", "status", "task", "bar", "done", "left",
+import { Source, Wire } from "./wire.js";
+
+const [form, parts, seconds, start, cancel, status, card, bar, done, left, cells] = [
+  "new", "parts", "seconds", "start", "cancel", "status", "task", "bar", "done", "left", "cells",
 ].map((id) => document.getElementById(id));
+const wire = new Wire(document.getElementById("wire"));
 
 const AGAIN = 2000; // milliseconds until the next try where there was no answer
 
 let view = 0; // counts what was shown: an answer for an earlier view is too late
 let source = null; // of the task that is shown
 let running = null; // the id of the task that can be cancelled
+let cancelled = false; // it was asked to stop, and does so before its next part
 
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const time = (s) => (s < 90 ? `${Math.ceil(s)} s` : `${Math.ceil(s / 60)} min`);
 const setDisabled = (button, disabled) => button.setAttribute("aria-disabled", String(disabled));
+const isDisabled = (button) => button.getAttribute("aria-disabled") === "true";
 
 function say(sentence, state = "") {
   status.textContent = sentence;
   status.dataset.state = state;
 }
 
-// Ask until there is a whole answer: a server that is down or without its database comes back.
+// Ask until there is an answer: a server that is down or without its database comes back.
 async function ask(path, options, isWanted) {
   while (isWanted()) {
     try {
+      wire.note(`> ${options.method ?? "GET"} /${path}`);
       const response = await fetch(path, options);
+      wire.note(`< ${response.status}`);
       if (response.status < 500) {
         return { ok: response.ok, answer: await response.json() };
       }
     } catch {
       // No connection, or one that was cut.
     }
-    say("The server does not answer. Trying again…", "failed");
+    say("The server does not answer. Trying again …", "failed");
     await sleep(AGAIN);
   }
   return {};
@@ -39,18 +46,18 @@ async function ask(path, options, isWanted) {
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (start.getAttribute("aria-disabled") === "true") {
+  if (isDisabled(start)) {
     return;
   }
   setDisabled(start, true);
-  say("Starting…");
+  say("Starting …");
   const task = { parts: Number(parts.value), seconds: Number(seconds.value) };
   // The same key for each try: if only the answer was lost, the task is not started twice.
   const key = crypto.getRandomValues(new Uint32Array(4)).join("-");
   const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
   const options = { method: "POST", headers, body: JSON.stringify(task) };
   const { ok, answer } = await ask("tasks", options, () => true);
-  setDisabled(start, false);
+  setDisabled(start, Boolean(running));
   if (ok) {
     location.hash = answer.task_id; // which shows it
   } else {
@@ -60,7 +67,10 @@ form.addEventListener("submit", async (event) => {
 
 cancel.addEventListener("click", async () => {
   const id = running;
-  if (id) {
+  if (id && !isDisabled(cancel)) {
+    cancelled = true;
+    setDisabled(cancel, true);
+    left.textContent = "";
     say("It stops before its next part.");
     await ask(`tasks/${id}`, { method: "DELETE" }, () => running === id);
   }
@@ -68,7 +78,9 @@ cancel.addEventListener("click", async () => {
 
 function setRunning(id) {
   running = id;
+  cancelled = false;
   setDisabled(cancel, !id);
+  setDisabled(start, Boolean(id));
 }
 
 function show() {
@@ -77,7 +89,7 @@ function show() {
   source?.close();
   setRunning(null);
   card.hidden = true;
-  say(id ? "Looking for the task…" : "No task yet.");
+  say(id ? "Looking for the task …" : "No task yet.");
   if (id) {
     follow(id, () => mine === view);
   }
@@ -94,45 +106,60 @@ async function follow(id, isShown) {
     return;
   }
   const looking = performance.now();
+  let painted = 0; // cells
 
   function draw(task) {
     bar.max = task.parts;
     bar.value = task.done;
     done.textContent = `${task.done} of ${task.parts} parts`;
+    for (; painted < task.done; painted++) cells.children[painted].className = "done";
+    const next = cells.children[painted];
+    if (next) next.className = running ? "now" : "";
     // At the pace of the parts since this page looks on.
     const pace = (performance.now() - looking) / 1000 / (task.done - first.done);
-    const isKnown = task.done > first.done && task.done < task.parts;
+    const isKnown = task.done > first.done && task.done < task.parts && running && !cancelled;
     left.textContent = isKnown ? `${time(pace * (task.parts - task.done))} left` : "";
   }
 
-  draw(first);
-  card.hidden = false;
-  setRunning(id);
-  source = new EventSource(`${path}/events`);
-  source.onopen = () => say("Running.");
-  source.onmessage = ({ data }) => draw(JSON.parse(data));
-  source.addEventListener("end", ({ data }) => {
-    source.close();
+  function end(task) {
     setRunning(null);
-    const task = JSON.parse(data);
     draw(task);
-    const parts = `${task.done} of ${task.parts} parts`;
+    const far = `${task.done} of ${task.parts} parts`;
     if (task.status === "done") {
       say(`Done, after ${task.result.seconds} seconds of work.`, "done");
     } else if (task.status === "cancelled") {
-      say(`Cancelled after ${parts}.`);
+      say(`Cancelled after ${far}.`);
     } else {
-      say(`Failed after ${parts}: ${task.error}`, "failed");
+      say(`Failed after ${far}: ${task.error}`, "failed");
     }
+  }
+
+  setRunning(id);
+  cells.replaceChildren(...Array.from({ length: first.parts }, () => document.createElement("i")));
+  draw(first);
+  card.hidden = false;
+  source = new Source(`${path}/events`, {
+    wire,
+    onevent({ type, data }) {
+      const task = JSON.parse(data);
+      if (type === "end") {
+        source.close();
+        end(task);
+      } else {
+        draw(task);
+      }
+    },
+    onstate(state, sentence) {
+      if (state === "open") {
+        say(cancelled ? "It stops before its next part." : "Running.");
+      } else if (state === "failed") {
+        setRunning(null);
+        say(sentence, "failed");
+      } else if (sentence !== "Connecting …") {
+        say("The connection is lost, the task goes on. Trying again …", "failed");
+      }
+    },
   });
-  source.onerror = async () => {
-    say("The connection is lost, the task goes on. Trying again…", "failed");
-    // Answered with an error (a proxy's 502, our 503) an EventSource gives up for ever.
-    if (source.readyState === EventSource.CLOSED) {
-      await sleep(AGAIN);
-      follow(id, isShown);
-    }
-  };
 }
 
 window.addEventListener("hashchange", show);

@@ -1,13 +1,14 @@
 """The page of recipes/long_task.py in real browsers: it follows a task through all that happens."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
-from main import PAGE_HEADERS
-from tests.recipes.long_task_faults import FAILING, Place, place
+from recipes.common import PAGE_HEADERS
+from tests.faults.long_task import FAILING, Place, place
 from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
 from tests.support.processes import LIMIT, Process, wait_for
 
@@ -49,6 +50,12 @@ def server(here: Place) -> Process:
 def start(browser: Browser, parts: int, seconds: float) -> None:
     browser.run("[parts.value, seconds.value] = arguments", parts, seconds)
     browser.click("#start")
+
+
+def can(browser: Browser) -> dict[str, bool]:
+    """Which buttons do something."""
+    states = browser.run("return [start, cancel].map((button) => button.ariaDisabled !== 'true')")
+    return dict(zip(("start", "cancel"), states, strict=True))
 
 
 def tasks(here: Place) -> set[str]:
@@ -95,13 +102,17 @@ def test_a_task_through_reloads_and_a_killed_server(
     wait_for_status(browser, r"Running\.")
     assert re.fullmatch(r"\d+ s left", browser.run("return left.textContent"))
     url = address(browser)
+    task_url = url.replace("/#", "/tasks/")
     reload(browser)
     assert address(browser) == url
     wait_for_part(browser, 4)
     server.kill()
-    wait_for_status(browser, "The connection is lost, the task goes on. Trying again…")
+    wait_for_status(browser, "The connection is lost, the task goes on. Trying again …")
     server.start()
     assert wait_for_status(browser, "Done, after 7 seconds of work.") == "done"
+    assert browser.run("return wire.textContent").endswith(
+        f"data: {json.dumps(httpx.get(task_url).json(), separators=(',', ':'))}\n\n"
+    )
     assert browser.run("return [bar.value, bar.max, done.textContent, left.textContent]") == [
         *(14, 14),
         *("14 of 14 parts", ""),
@@ -114,13 +125,18 @@ def test_a_task_through_reloads_and_a_killed_server(
 @in_each_browser
 def test_cancel(browser: Browser, server: Process) -> None:
     browser.open(server.url)
-    assert browser.run("return cancel.ariaDisabled") == "true"
-    start(browser, 900, 0.3)
+    assert can(browser) == {"start": True, "cancel": False}
+    start(browser, 900, 2)
     wait_for_part(browser, 1)
-    assert browser.run("return cancel.ariaDisabled") == "false"
+    wait_for(lambda: browser.run("return left.textContent"), "how much is left")
+    assert can(browser) == {"start": False, "cancel": True}
+    browser.click("#start")  # which does nothing now
     browser.click("#cancel")
+    wait_for_status(browser, r"It stops before its next part\.")
+    assert browser.run("return left.textContent") == ""
     wait_for_status(browser, r"Cancelled after \d+ of 900 parts\.")
-    assert browser.run("return cancel.ariaDisabled") == "true"
+    assert browser.run("return left.textContent") == ""
+    assert can(browser) == {"start": True, "cancel": False}
 
 
 @in_each_browser
@@ -140,7 +156,7 @@ def test_a_server_that_is_down_when_the_button_is_pressed(
     browser.open(server.url)
     server.kill()
     start(browser, 2, 0.1)
-    wait_for_status(browser, "The server does not answer. Trying again…")
+    wait_for_status(browser, "The server does not answer. Trying again …")
     server.start()
     wait_for_status(browser, r"Done, after 0\.2 seconds of work\.")
     assert len(tasks(here) - before) == 1
