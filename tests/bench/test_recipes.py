@@ -13,6 +13,7 @@ from tests.support.processes import LIMIT, ROOT, miss, need
 sys.path.append(str(ROOT / "bench"))
 import export
 import fanout
+import long_task
 import tail
 
 
@@ -42,7 +43,7 @@ def test_fanout_runs_and_everybody_gets_everything() -> None:
     assert {tuple(row[-2:]) for row in single + bursts + crowd} == {("0", "0")}
 
 
-@pytest.mark.parametrize("bench", [export, tail])
+@pytest.mark.parametrize("bench", [export, tail, long_task])
 def test_it_runs(bench: ModuleType) -> None:
     need("sqlite3", "sqlite3")
     need("curl", "curl")

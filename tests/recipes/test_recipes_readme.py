@@ -1,16 +1,21 @@
-"""recipes/README.md, block by block; `tests/support/readme.py` has the rules."""
+"""recipes/*.md, block by block; `tests/support/readme.py` has the rules."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Start
+from tests.support.processes import ROOT, Start
 from tests.support.readme import Block, Readme
 from tests.support.recipes import start_recipe
 
-README = Readme("recipes/README.md")
+READMES = [Readme(f"recipes/{file.name}") for file in sorted((ROOT / "recipes").glob("*.md"))]
+BLOCKS = [
+    pytest.param(readme, block, id=f"{readme.path}, {block}")
+    for readme in READMES
+    for block in readme.blocks
+]
 
 
-@pytest.mark.parametrize("block", README.blocks, ids=str)
-def test_a_block_is_as_it_says(block: Block, start: Start, tmp_path: Path) -> None:
-    README.check(block, lambda recipe: start_recipe(start, recipe, tmp_path))
+@pytest.mark.parametrize(("readme", "block"), BLOCKS)
+def test_a_block_is_as_it_says(readme: Readme, block: Block, start: Start, tmp_path: Path) -> None:
+    readme.check(block, lambda recipe: start_recipe(start, recipe, tmp_path))
