@@ -1,4 +1,4 @@
-"""What every recipe needs and no lesson is about: a limit on bodies, a 422 that never fails, pages.
+"""What recipes need and no lesson is about: a limit on bodies, errors that are told, pages.
 
     app = FastAPI()
     prepare(app, page="tail.html")
@@ -10,13 +10,16 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 MAX_BODY = 1024 * 1024  # bytes
@@ -74,3 +77,38 @@ async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: fl
             why = str(error).strip().partition("\n")[0]
             logger.error("%s: %s: %s", what, type(error).__name__, why or "no reason given")
             await asyncio.sleep(pause)
+
+
+# The errors of the OpenAI API: https://platform.openai.com/docs/guides/error-codes
+
+
+def openai_error(status: int, message: str, said: bytes = b"", **fields: Any) -> HTTPException:
+    """Return an exception that reaches the reader as `{"error": {"message": …, "type": …}}`.
+
+    `said` is what another server said of its failure, in whatever shape. It is kept.
+    """
+    headers = {"Retry-After": "5"} if status == 503 else None
+    with suppress(ValueError, RecursionError):
+        if isinstance(own := json.loads(said), dict) and own.get("error"):
+            return HTTPException(status, own, headers)
+    message = f"{message} {said[:2000].decode(errors='replace')}".strip()
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": None} | fields
+    return HTTPException(status, {"error": error}, headers)
+
+
+def use_openai_errors(app: FastAPI) -> None:
+    """Give all errors of an app that shape. Bad input is a 400 then, as it is with that API."""
+
+    @app.exception_handler(StarletteHTTPException)
+    async def tell(_: Request, error: StarletteHTTPException) -> Response:
+        detail: Any = error.detail  # FastAPI's own, such as that of a 404, is a text
+        told = openai_error(error.status_code, detail).detail if isinstance(detail, str) else detail
+        return Response(json.dumps(told), error.status_code, error.headers, "application/json")
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_bad_input(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        message = f"{first['msg']} ({'.'.join(map(str, first['loc']))})"
+        fields = [name for name in first["loc"][1:2] if isinstance(name, str)]
+        return await tell(request, openai_error(400, message, param=fields[0] if fields else None))

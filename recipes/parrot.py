@@ -11,7 +11,11 @@ with one: a token takes a while to make, and each token that nobody reads is mad
 import asyncio
 import logging
 import re
+import socket
+import threading
 from collections.abc import AsyncGenerator
+
+import uvicorn
 
 SECONDS_PER_TOKEN = 0.03
 logger = logging.getLogger("uvicorn.error")  # `uvicorn --log-level debug` shows when it stops
@@ -26,6 +30,7 @@ async def parrot(text: str) -> AsyncGenerator[str]:
     """Yield the text again, a token each SECONDS_PER_TOKEN. Close it, and it stops at once."""
     tokens = to_tokens(text)
     made = 0
+    logger.debug("the parrot begins: %d tokens", len(tokens))
     try:
         for token in tokens:
             await asyncio.sleep(SECONDS_PER_TOKEN)
@@ -33,3 +38,12 @@ async def parrot(text: str) -> AsyncGenerator[str]:
             yield token
     finally:
         logger.debug("the parrot stopped after %d of %d tokens", made, len(tokens))
+
+
+def serve_parrot() -> str:
+    """Run the recipe `tokens` in a thread of this process. Return the address of its API."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config("recipes.tokens:app", lifespan="off", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    threading.Thread(target=server.run, args=([listener],), daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

@@ -1,104 +1,86 @@
-// Server-sent events over POST: an EventSource can only send GET, so fetch reads them.
+// An answer over POST. An EventSource can only send GET, so `Source` reads it with fetch.
+
+import { Source, Wire } from "./wire.js";
 
 const [form, start, stop, status, answer] = ["ask", "start", "stop", "status", "answer"].map((id) =>
   document.getElementById(id),
 );
-let asking = null; // the AbortController of the request, while there is one
+const wire = new Wire(document.getElementById("wire"));
+let reading = null; // the Source of the answer, while it is coming
 
-/** What is wrong, in a sentence for who asks. */
-class Failure extends Error {}
-
-form.addEventListener("submit", async (event) => {
+form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (asking) return;
-  asking = new AbortController();
-  answer.replaceChildren();
+  if (reading) return;
+  // In a text node everything is text, whatever markup it is.
+  const text = new Text();
+  answer.replaceChildren(text);
+  let reason = null;
+  let began = performance.now();
+  const messages = [{ role: "user", content: form.question.value }];
+  reading = new Source("v1/chat/completions", {
+    wire,
+    reconnect: false,
+    silence: 0, // the server says so when the model has stalled
+    init: {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ model: form.model.value, stream: true, messages }),
+    },
+    onstate(state, sentence) {
+      if (state === "open") {
+        began = performance.now();
+        tell("open", "The answer is coming.");
+      }
+      if (state === "failed") end("failed", sentence);
+      if (state === "over") finish(reason);
+    },
+    onevent({ data }) {
+      if (data === "[DONE]") finish(reason ?? "stop");
+      else show(data);
+    },
+  });
   // A screen reader is told of the answer when it is there, and not of each token.
   answer.ariaBusy = "true";
-  showButtons();
   tell("open", "Asked.");
-  try {
-    tell("done", await ask(form.question.value, form.model.value, asking.signal));
-  } catch (error) {
-    const rest = answer.textContent ? " This is only the beginning of an answer." : "";
-    if (asking.signal.aborted) tell("stopped", `Stopped by you.${rest}`);
-    else if (error instanceof Failure) tell("failed", error.message + rest);
-    else tell("failed", `The answer broke off (${error.message}).${rest}`);
-  }
-  asking = null;
-  answer.ariaBusy = "false";
   showButtons();
+
+  function show(data) {
+    try {
+      const { error, choices } = JSON.parse(data);
+      for (const { delta, finish_reason } of choices ?? []) {
+        text.appendData(delta?.content ?? "");
+        reason ??= finish_reason;
+      }
+      if (error) end("failed", error.message ?? String(error));
+    } catch {
+      end("failed", "The answer is not of this protocol.");
+    }
+  }
+
+  // Only `[DONE]` or a reason tells a complete answer from the beginning of one.
+  function finish(reason) {
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    if (reason === "stop") end("done", `The complete answer, in ${seconds} s.`);
+    else if (reason) end("done", `The model ended its answer early, after ${seconds} s (${reason}).`);
+    else end("failed", "The answer broke off.");
+  }
 });
 
-stop.addEventListener("click", () => asking?.abort());
+stop.addEventListener("click", () => reading && end("stopped", "Stopped by you."));
 
-/** Show the answer to a question as it comes. Return what is to be said of it at its end. */
-async function ask(question, model, signal) {
-  const body = { model, stream: true, messages: [{ role: "user", content: question }] };
-  const response = await request("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
-  tell("open", "The answer is coming.");
-  const began = performance.now();
-  // In a text node all is text, whatever markup it is.
-  const text = answer.appendChild(new Text());
-  let reason = null;
-  for await (const data of events(response.body)) {
-    if (data === "[DONE]") break;
-    const { error, choices } = JSON.parse(data);
-    if (error) throw new Failure(error.message);
-    for (const { delta, finish_reason } of choices) {
-      text.appendData(delta.content ?? "");
-      reason ??= finish_reason;
-    }
-  }
-  // Only the reason tells a whole answer from the beginning of one.
-  if (!reason) throw new Failure("The answer broke off.");
-  const seconds = ((performance.now() - began) / 1000).toFixed(1);
-  if (reason === "stop") return `The whole answer, in ${seconds} s.`;
-  return `The model ended its answer early, after ${seconds} s (${reason}).`;
-}
+form.question.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  form.requestSubmit();
+});
 
-/** Like fetch, but an answer that is an error is thrown. */
-async function request(url, options) {
-  const response = await fetch(url, options).catch((error) => {
-    throw new Failure(`The server cannot be reached (${error.message}).`);
-  });
-  if (response.ok) return response;
-  const problem = await response.json().catch(() => null);
-  throw new Failure(problem?.error?.message ?? `The server answered ${response.status}.`);
-}
-
-/**
- * The data of each event in a body.
- * https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
- */
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  let data = [];
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return;
-      // A carriage return at the end may be the first half of a line's end.
-      const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
-      rest = lines.pop();
-      for (const line of lines) {
-        // A comment begins with the colon: its field has no name.
-        const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
-        if (field === "data") data.push(content);
-        if (line !== "") continue;
-        if (data.length) yield data.join("\n");
-        data = [];
-      }
-    }
-  } finally {
-    reader.cancel().catch(() => {}); // it is broken already, or nobody wants the rest
-  }
+function end(state, words) {
+  reading.close();
+  reading = null;
+  const part = answer.textContent && state !== "done";
+  tell(state, part ? `${words} This is only the beginning of an answer.` : words);
+  answer.ariaBusy = "false";
+  showButtons();
 }
 
 function tell(state, words) {
@@ -107,13 +89,14 @@ function tell(state, words) {
 }
 
 function showButtons() {
-  start.ariaDisabled = String(asking !== null);
-  stop.ariaDisabled = String(asking === null);
+  start.ariaDisabled = String(reading !== null);
+  stop.ariaDisabled = String(reading === null);
 }
 
 try {
-  const { data } = await (await request("v1/models")).json();
+  const response = await fetch("v1/models");
+  const { data } = await response.json();
   form.model.replaceChildren(...data.map(({ id }) => new Option(id)));
 } catch (error) {
-  tell("failed", error.message);
+  tell("failed", `The models could not be listed (${error.message}).`);
 }

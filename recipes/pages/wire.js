@@ -185,9 +185,16 @@ export class Source {
   }
 }
 
-/** What an answer says of its error: FastAPI's detail, or the message as the OpenAI API has it. */
+/** What an answer says of its error: FastAPI's detail, the OpenAI API's message, or plain text. */
 async function reasonOf(response) {
-  const { detail, error } = (await response.json().catch(() => null)) ?? {};
-  const reason = detail?.[0]?.msg ?? detail ?? error?.message;
-  return typeof reason === "string" ? `: ${reason.replace(/\.$/, "")}` : "";
+  const text = await response.text().catch(() => "");
+  const plain = response.headers.get("Content-Type")?.startsWith("text/plain") ? text : "";
+  let reason = plain.slice(0, 300);
+  try {
+    const { detail, error } = JSON.parse(text) ?? {};
+    reason = detail?.[0]?.msg ?? detail ?? error?.message ?? error;
+  } catch {
+    // It is not JSON.
+  }
+  return typeof reason === "string" && reason ? `: ${reason.replace(/\.$/, "")}` : "";
 }

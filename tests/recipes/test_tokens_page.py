@@ -1,17 +1,17 @@
-"""The page of recipes/tokens.py in real browsers: live, stopped, told of every failure."""
+"""The page of `tokens` and `relay` in real browsers: live, stopped, told of every failure."""
 
 import re
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from recipes.tokens import squawk
+from recipes.parrot import to_tokens
 from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
-from tests.support.processes import Process, wait_for
-from tests.support.tokens import ANSWER, LONG, QUESTION, Serve, asked, long_question, servers
+from tests.support.processes import Process, Start, wait_for
+from tests.support.tokens import LONG, QUESTION, asked, serve, stopped_after
+from tests.support.upstreams import BEGINNING, Upstream, chunk, events, http
 
 in_each_browser = pytest.mark.parametrize("browser", EACH, indirect=True)
 in_chromium = pytest.mark.parametrize(
@@ -20,8 +20,9 @@ in_chromium = pytest.mark.parametrize(
 
 # What Chromium logs by itself of a connection that broke, and of a status that is an error.
 NETWORK = re.compile(
-    r"Failed to load resource: (net::ERR_|the server responded with a status of (429|502))"
+    r"Failed to load resource: (net::ERR_|the server responded with a status of (413|429|502))"
 )
+HALF = " This is only the beginning of an answer."
 
 
 @pytest.fixture
@@ -33,15 +34,6 @@ def browser(
     yield browser
     unexpected = leave(browser, NETWORK)
     assert not unexpected, "\n".join(unexpected)
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    with servers(tmp_path) as serve:
-        yield serve
-
-
-RECIPE = "tokens_servers:parrot"
 
 
 def open_page(browser: Browser, server: Process) -> None:
@@ -69,9 +61,11 @@ def wait_for_status(browser: Browser, beginning: str) -> None:
 
 
 @in_each_browser
-def test_the_answer_comes_live_and_markup_stays_text(browser: Browser, serve: Serve) -> None:
-    server = serve(RECIPE, SECONDS_PER_TOKEN=0.05)
-    open_page(browser, server)
+@pytest.mark.parametrize("recipe", ["tokens", "relay"])
+def test_the_answer_comes_live_and_markup_stays_text(
+    browser: Browser, start: Start, recipe: str
+) -> None:
+    open_page(browser, serve(start, recipe, parrot__SECONDS_PER_TOKEN=0.05))
     browser.run(
         """window.seen = [];
         const show = () => seen.push([answer.textContent, answer.ariaBusy]);
@@ -79,100 +73,118 @@ def test_the_answer_comes_live_and_markup_stays_text(browser: Browser, serve: Se
           characterData: true });"""
     )
     ask(browser, QUESTION)
-    wait_for_status(browser, "The whole answer")
-    assert text(browser, "answer") == ANSWER
-    assert "<b>bold</b>" in ANSWER
+    wait_for_status(browser, "The complete answer")
+    assert "<b>" in QUESTION
+    assert text(browser, "answer") == QUESTION
     assert browser.run("return answer.childElementCount") == 0
     seen = browser.run("return seen")
     # A slow browser draws several tokens at once, but never all.
     assert len(seen) > 5
-    assert all(ANSWER.startswith(part) for part, _ in seen)
-    # A screen reader waits while it is busy.
-    assert {busy for _, busy in seen} == {"true"}
+    assert all(QUESTION.startswith(part) for part, _ in seen)
+    # A screen reader waits while it is busy. The last token may come together with the end.
+    assert {busy for _, busy in seen[:-1]} == {"true"}
     assert browser.run("return answer.ariaBusy") == "false"
+    # What is on the wire stands beside it.
+    assert text(browser, "wire").startswith("> POST /v1/chat/completions\n< 200 text/event-stream")
+    assert text(browser, "wire").count("data: {") == len(to_tokens(QUESTION)) + 2
+    assert "data: [DONE]\n" in text(browser, "wire")
 
 
 @in_each_browser
-def test_stop(browser: Browser, serve: Serve) -> None:
-    server = serve(RECIPE, SECONDS_PER_TOKEN=60 / LONG)
+def test_stop(browser: Browser, start: Start) -> None:
+    server = serve(start, "tokens")
     open_page(browser, server)
-    ask(browser, long_question("to be stopped"))
+    ask(browser, LONG)
     wait_for(lambda: len(text(browser, "answer")) > 3, "some tokens")
     browser.click("#stop")
-    wait_for_status(browser, "Stopped by you.")
-    (made,) = server.wait_for_log(r"the parrot stopped after (\d+) tokens")
-    assert int(made) < LONG
+    wait_for_status(browser, "Stopped by you." + HALF)
+    assert int(stopped_after(server, 1)[0]) < 1000
     # What came stays, and the next question has its own answer.
-    assert text(browser, "answer")
+    assert LONG.startswith(text(browser, "answer"))
     ask(browser, "Hello, parrot!")
-    wait_for_status(browser, "The whole answer")
-    assert text(browser, "answer") == "".join(squawk("Hello, parrot!"))
+    wait_for_status(browser, "The complete answer")
+    assert text(browser, "answer") == "Hello, parrot!"
 
 
 @in_each_browser
-def test_every_failure_is_told(browser: Browser, serve: Serve) -> None:
-    half = " This is only the beginning of an answer."
-    upstream = serve("upstreams:upstream")
-    open_page(browser, serve(RECIPE, upstream.url))
-    for fault, status, answer in (
-        ("is whole", "The whole answer, in ", "One two"),
-        ("ends at its limit", "The model ended its answer early, ", "One two"),
-        ("ends early", "The upstream broke off in the middle of its answer." + half, "One two"),
-        ("breaks off", "The connection to the upstream failed or broke." + half, "One two"),
-        ("sends an error", "Too much." + half, "One two"),
-        ("sends half of JSON", "The upstream's answer is none of this API." + half, "One two"),
-        ("answers 429", "Too much.", ""),
-        ("answers in HTML", "The upstream", ""),
-    ):
-        ask(browser, "What?", fault)
-        wait_for_status(browser, status)
-        assert text(browser, "answer") == answer
+def test_every_failure_is_told(browser: Browser, start: Start) -> None:
+    broke = "The connection to the upstream broke." + HALF
+    answers = {
+        "complete": http(events(*BEGINNING, chunk({}, "stop"), "[DONE]")),
+        "complete, in another way": http(events(*BEGINNING, chunk({}, "stop"))),
+        "ends at its limit": http(events(*BEGINNING, chunk({}, "length"), "[DONE]")),
+        "ends early": http(events(*BEGINNING)),
+        "breaks off": http(events(*BEGINNING), length=9999),
+        "sends an error": http(events(*BEGINNING, '{"error": {"message": "Too much."}}')),
+        "sends a text as its error": http(events(*BEGINNING, '{"error": "Too much."}')),
+        "sends half of JSON": http(events(*BEGINNING, '{"choices": ')),
+        "refuses": http(b'{"error": {"message": "Too much."}}', "429 Slow Down"),
+        "refuses in plain text": http(b"Too long.", "413 No", media_type="text/plain"),
+    }
+    with Upstream(answers) as upstream:
+        open_page(browser, serve(start, "relay", upstream.url))
+        for model, status, answer in (
+            ("complete", "The complete answer, in ", "One two"),
+            ("complete, in another way", "The complete answer, in ", "One two"),
+            ("ends at its limit", "The model ended its answer early, ", "One two"),
+            ("ends early", "The upstream's answer is not complete." + HALF, "One two"),
+            ("breaks off", broke, "One two"),
+            ("sends an error", "Too much." + HALF, "One two"),
+            ("sends a text as its error", "Too much." + HALF, "One two"),
+            ("sends half of JSON", "The upstream's answer is not of this protocol", "One two"),
+            ("refuses", "The server answered 429: Too much.", ""),
+            ("refuses in plain text", "The server answered 413: Too long.", ""),
+        ):
+            ask(browser, "What?", model)
+            wait_for_status(browser, status)
+            assert text(browser, "answer") == answer
 
-    open_page(browser, serve(RECIPE, upstream.url, STALLED_AFTER=1))
-    ask(browser, "What?", "falls silent")
-    wait_for_status(browser, "The upstream has stalled.")
-
-    server = serve(RECIPE, SECONDS_PER_TOKEN=60 / LONG)
+    server = serve(start, "tokens")
     open_page(browser, server)
     for signum, status in (
         (signal.SIGTERM, "The server is stopping."),
-        (signal.SIGKILL, "The answer broke off ("),
+        (signal.SIGKILL, "The connection broke off ("),
     ):
-        ask(browser, long_question("to be broken off"))
+        ask(browser, LONG)
         wait_for(lambda: len(text(browser, "answer")) > 3, "some tokens")
         server.signal(signum)
         wait_for_status(browser, status)
-        assert text(browser, "status").endswith(half)
+        assert text(browser, "status").endswith(HALF)
         server.wait()
         ask(browser, "Is anybody there?")
-        wait_for_status(browser, "The server cannot be reached (")
+        wait_for_status(browser, "The connection broke off (")
+        assert not text(browser, "answer")
         server.start()
 
 
 @in_each_browser
-def test_the_network_may_cut_where_it_likes(browser: Browser, serve: Serve) -> None:
-    server = serve("tokens_servers:cut_up", SECONDS_PER_TOKEN=0)
+def test_the_network_may_cut_where_it_likes(browser: Browser, start: Start) -> None:
+    server = serve(start, "cut_up", parrot__SECONDS_PER_TOKEN=0)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked(stream=True)) as wire:
         assert next(wire.iter_raw()).startswith(b":")  # where an event would begin with "data:"
     open_page(browser, server)
-    ask(browser, "What is a stream?")
-    wait_for_status(browser, "The whole answer")
-    answer = text(browser, "answer")
-    assert answer == "".join(squawk("What is a stream?"))
-    assert "☕" in answer
+    ask(browser, QUESTION)
+    wait_for_status(browser, "The complete answer")
+    assert text(browser, "answer") == QUESTION
 
 
 @in_chromium
-def test_accessible_and_no_wider_than_a_phone(browser: Chromium, serve: Serve) -> None:
-    server = serve(RECIPE, SECONDS_PER_TOKEN=0)
-    browser.resize(360, 800)
+def test_accessible_in_two_columns_and_on_a_phone(browser: Chromium, start: Start) -> None:
+    server = serve(start, "tokens", parrot__SECONDS_PER_TOKEN=0)
     try:
-        for dark in (True, False):
-            browser.darken(dark)
-            open_page(browser, server)
-            ask(browser, QUESTION)
-            wait_for_status(browser, "The whole answer")
-            assert browser.run("return document.documentElement.scrollWidth") == 360
-            assert browser.violations() == []
+        for width, height in ((1280, 720), (390, 844), (360, 800)):
+            browser.resize(width, height)
+            for dark in (True, False):
+                browser.darken(dark)
+                open_page(browser, server)
+                ask(browser, LONG)
+                wait_for_status(browser, "The complete answer")
+                width_of = "const { scrollWidth, clientWidth } = document.documentElement;"
+                assert browser.run(f"{width_of} return scrollWidth === clientWidth")
+                beside = browser.run(
+                    "return wire.getBoundingClientRect().left > answer.clientWidth"
+                )
+                assert beside == (width == 1280)
+                assert browser.violations() == []
     finally:
         browser.resize(*SIZE)

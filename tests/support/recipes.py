@@ -17,6 +17,7 @@ NEEDS: dict[str, dict[str, str]] = {
     "recipes.export": {},
     "recipes.tail": {},
     "recipes.tokens": {},
+    "recipes.relay": {},
     "recipes.long_task": {"DATABASE_URL": "sqlite:///{tmp}/long_task.sqlite"},
     "recipes.feed": {},
 }

@@ -1,50 +1,80 @@
-"""Questions to the parrot of recipes/tokens.py, and the servers to put them to."""
+"""Questions to the recipes `tokens` and `relay`, and the servers to put them to."""
 
-import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-from recipes.tokens import squawk
-from tests.support.processes import ENVIRONMENT, Process, free_port
+import httpx
+import openai
+from openai import OpenAI
 
-QUESTION = "What is a token?"
-ANSWER = "".join(squawk(QUESTION))
-LONG = 300  # tokens
+from tests.support.processes import LIMIT, Process, Start
+from tests.support.recipes import start_app
 
-Serve = Callable[..., Process]
+QUESTION = "What is a <b>token</b>? A piece of text, such as ☕."
+LONG = "A long answer, of which nobody reads the end. " * 100  # 1,100 tokens
 
 
-def long_question(beginning: str) -> str:
-    """A question whose answer has at least LONG tokens."""
-    questions = (f"{beginning} {number}" for number in itertools.count())
-    return next(q for q in questions if sum(1 for _ in squawk(q)) >= LONG)
+def serve(start: Start, app: str, upstream: str = "", **constants: Any) -> Process:
+    """Start an app of tests/support/tokens_servers.py. `relay__SILENCE=1` changes a constant."""
+    changes = {name.replace("__", "."): value for name, value in constants.items()}
+    return start_app(
+        start,
+        f"tests.support.tokens_servers:{app}",
+        "--log-level=debug",  # the parrot logs when it stops
+        CONSTANTS=json.dumps(changes),
+        UPSTREAM_URL=upstream,
+        UPSTREAM_KEY="the-key" if upstream else "",
+    )
 
 
 def asked(question: Any = QUESTION, **fields: Any) -> dict[str, Any]:
     """The body of a request."""
-    return {"model": "parrot", "messages": [{"role": "user", "content": question}], **fields}
+    messages = [{"role": "user", "content": question}]
+    return {"model": "parrot", "messages": messages, **fields}
+
+
+@cache  # one takes longer to make than an answer
+def client_of(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="the-readers", max_retries=0, timeout=LIMIT)
+
+
+def read(server: Process, **question: Any) -> tuple[str, openai.APIError | None]:
+    """Ask with the `openai` package; return the text that came, and the error, if there was one."""
+    text = ""
+    try:
+        answer = client_of(server.url).chat.completions.create(**asked(**question))
+        if not question.get("stream"):
+            return answer.choices[0].message.content or "", None
+        for chunk in answer:
+            if chunk.choices:
+                text += chunk.choices[0].delta.content or ""
+    except openai.APIError as error:
+        return text, error
+    return text, None
+
+
+def post(server: Process, body: Any) -> httpx.Response:
+    """POST these bytes, or this as JSON."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    url = f"{server.url}/v1/chat/completions"
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer the-readers"}
+    return httpx.post(url, content=content, headers=headers, timeout=LIMIT)
 
 
 @contextmanager
-def servers(folder: Path) -> Iterator[Serve]:
-    """`serve("tokens_servers:parrot", "http://…", SILENCE=1)` starts an app of tests/support.
+def raw_post(server: Process, question: dict[str, Any]) -> Iterator[socket.socket]:
+    """Ask, and leave at the end of the `with` block."""
+    body = json.dumps(question)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), LIMIT) as reader:
+        reader.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        yield reader
 
-    The URL of an upstream makes a relay of the recipe; then come changes of its constants.
-    """
-    with ExitStack() as stack:
 
-        def serve(app: str, upstream: str = "", **constants: Any) -> Process:
-            port = free_port()
-            command = [sys.executable, "-m", "uvicorn", f"tests.support.{app}", "--port", str(port)]
-            environment = {**ENVIRONMENT, "CONSTANTS": json.dumps(constants)}
-            if upstream:
-                environment |= {"UPSTREAM_URL": f"{upstream}/v1", "UPSTREAM_KEY": "the key"}
-            process = Process(command, folder / f"{port}.log", port, env=environment)
-            stack.callback(process.kill)
-            return process
-
-        yield serve
+def stopped_after(parrot: Process, count: int) -> list[str]:
+    """Return after how many tokens each of `count` long answers stopped."""
+    return parrot.wait_for_log(r"the parrot stopped after (\d+) of 1\d\d\d tokens", count)

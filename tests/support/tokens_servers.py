@@ -1,43 +1,51 @@
-"""The recipe `tokens` as tests run it: `uvicorn tests.support.tokens_servers:parrot`.
+"""The recipes `tokens` and `relay` as tests run them.
 
-The environment variable CONSTANTS (JSON) changes its constants, and the parrot prints how many
-tokens it makes. `cut_up` is the same with its streams in small pieces.
+The environment variable CONSTANTS changes their constants: `{"parrot.SECONDS_PER_TOKEN": 0}`.
+`cut_up` is `tokens` with its streams in small pieces, `failing` is one whose model fails.
 """
 
 import asyncio
+import importlib
 import json
 import os
-from collections.abc import Generator
+from collections.abc import AsyncGenerator
 
 from starlette.types import Message, Receive, Scope, Send
 
-from recipes import tokens
-
 for name, value in json.loads(os.environ.get("CONSTANTS", "{}")).items():
-    assert hasattr(tokens, name), name
-    setattr(tokens, name, value)
+    module, _, constant = name.partition(".")
+    recipe = importlib.import_module(f"recipes.{module}")
+    assert hasattr(recipe, constant), name
+    setattr(recipe, constant, value)
+    if constant == "STALLED_AFTER":
+        recipe.client.timeout = value
 
-parrot = tokens.app
-squawk = tokens.squawk
+
+def __getattr__(name: str) -> object:
+    """`uvicorn tests.support.tokens_servers:relay` imports that recipe, and no other."""
+    if name in ("tokens", "relay"):
+        return importlib.import_module(f"recipes.{name}").app
+    raise AttributeError(name)
 
 
-def counted(prompt: str) -> Generator[str]:
-    """The parrot, but it prints when it begins and after how many tokens it stopped."""
-    made = 0
-    print(f"the parrot begins: {prompt}", flush=True)
-    try:
-        for token in squawk(prompt):
-            made += 1
+async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+    """A model that fails at the third token."""
+    from recipes import tokens
+    from recipes.parrot import to_tokens
+
+    async def broken(text: str) -> AsyncGenerator[str]:
+        for token in to_tokens(text)[:2]:
             yield token
-    finally:
-        print(f"the parrot stopped after {made} tokens: {prompt}", flush=True)
+        raise RuntimeError("out of memory")
 
-
-tokens.squawk = counted
+    vars(tokens)["parrot"] = broken
+    await tokens.app(scope, receive, send)
 
 
 async def cut_up(scope: Scope, receive: Receive, send: Send) -> None:
     """Line ends of all three kinds, an event over two lines, and one byte at a time."""
+    from recipes import tokens
+
     stream = False
 
     async def cut(message: Message) -> None:
@@ -54,4 +62,4 @@ async def cut_up(scope: Scope, receive: Receive, send: Send) -> None:
             if i % 3 == 0:
                 await asyncio.sleep(0)  # what is sent in one turn leaves in one piece
 
-    await parrot(scope, receive, cut if scope["type"] == "http" else send)
+    await tokens.app(scope, receive, cut if scope["type"] == "http" else send)

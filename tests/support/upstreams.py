@@ -1,132 +1,132 @@
-"""What a relay of the recipe `tokens` may meet: `uvicorn tests.support.upstreams:upstream`."""
+"""An upstream for `relay` that sends any bytes. The model's name in the question says which.
 
-import asyncio
+with Upstream({"fine": http(whole("Hello")), "hangs": hang}) as upstream: …
+"""
+
 import json
+import re
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from starlette.types import Receive, Scope, Send
+LIMIT = 60.0  # seconds
+Handler = Callable[[socket.socket], None]
 
 
-def chunk(delta: dict[str, str], reason: str | None = None) -> str:
+def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
     choice = {"index": 0, "delta": delta, "finish_reason": reason}
-    return json.dumps({"id": "x", "created": 0, "model": "x", "choices": [choice], "own": "☕"})
+    chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "x"}
+    return json.dumps({**chunk, "choices": [choice], **more})
 
 
-def completion(reason: str | None) -> str:
-    message = {"role": "assistant", "content": "One two"}
+def whole(text: str, reason: str | None = "stop", **more: Any) -> bytes:
+    message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": reason}
-    return json.dumps({"id": "x", "created": 0, "model": "x", "choices": [choice], "own": "☕"})
+    answer = {"id": "x", "object": "chat.completion", "created": 1, "model": "x"}
+    return json.dumps({**answer, "choices": [choice], **more}).encode()
 
 
-BEGINNING = [chunk({"role": "assistant"}), chunk({"content": "One"}), chunk({"content": " two"})]
-ERROR = {"message": "Too much.", "type": "tokens", "param": None, "code": "slow_down"}
-
-# Upstreams by what they do: the events of a stream.
-STREAMS: dict[str, list[str]] = {
-    "is whole": [*BEGINNING, chunk({}, "stop"), "[DONE]"],
-    "thinks": [*BEGINNING, chunk({}, "stop"), "[DONE]"],
-    "ends at its limit": [*BEGINNING, chunk({}, "length"), "[DONE]"],
-    "ends early": BEGINNING,
-    "says [DONE] early": [*BEGINNING, "[DONE]"],
-    "falls silent": BEGINNING,
-    "breaks off": BEGINNING,
-    "sends an error": [*BEGINNING, json.dumps({"error": ERROR})],
-    "sends an error in no UTF-8": [*BEGINNING, '{"error": {"message": "upstream \\ud800"}}'],
-    "sends a strange error": [*BEGINNING, '{"error": [1]}'],
-    "sends half of JSON": [*BEGINNING, '{"choices": '],
-    "sends another shape": [*BEGINNING, '{"hello": 1}'],
-    "sends a text": [*BEGINNING, '"hello"'],
-    "sends null": [*BEGINNING, "null"],
-    "sends no number": [*BEGINNING, '{"choices": [], "x": NaN}'],
-    "sends half a character": [*BEGINNING, '{"choices": [], "x": "\\ud800"}'],
-    "sends nothing": [],
-}
-# The same without a stream: the body.
-BODIES: dict[str, str] = {
-    "is whole": completion("stop"),
-    "ends early": completion(None),
-    "breaks off": completion("stop"),
-    "sends half of JSON": '{"choices": ',
-    "sends another shape": '{"hello": 1}',
-    "sends a text": '"hello"',
-    "sends null": "null",
-    "sends no number": '{"choices": [{"index": 0, "finish_reason": "stop"}], "x": NaN}',
-    "sends half a character": '{"choices": [{"index": 0, "finish_reason": "\\ud800"}]}',
-    "sends nothing": "",
-}
-# Whatever was asked: status, media type and body.
-REFUSALS: dict[str, tuple[int, str, str]] = {
-    "answers 429": (429, "application/json", json.dumps({"error": ERROR})),
-    "answers 400": (400, "application/json", json.dumps({"error": ERROR})),
-    "answers 500": (500, "application/json", json.dumps({"error": ERROR})),
-    "answers 500 in HTML": (500, "text/html", "<h1>500</h1>"),
-    "answers 503 in another shape": (503, "application/json", '{"detail": "busy"}'),
-    "answers 401": (401, "application/json", json.dumps({"error": ERROR})),
-    "answers 302 to nowhere": (302, "text/html", ""),
-    "answers in HTML": (200, "text/html", "<h1>Welcome</h1>"),
-    "answers an error with 200": (200, "application/json", json.dumps({"error": ERROR})),
-}
+BEGINNING = (chunk({"role": "assistant"}), chunk({"content": "One"}), chunk({"content": " two"}))
 
 
-async def upstream(scope: Scope, receive: Receive, send: Send) -> None:
-    """What a relay may meet. The model's name says what is wrong; it prints what happens."""
-    assert scope["type"] == "http"
-    body = b""
-    while True:
-        message = await receive()
-        body += message["body"]
-        if not message["more_body"]:
-            break
+def events(*datas: str) -> bytes:
+    return "".join(f"data: {data}\n\n" for data in datas).encode()
 
-    async def begin(status: int, media_type: str, **headers: str) -> None:
-        headers |= {"content-type": media_type, "retry-after": "7"}
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": raw})
 
-    async def say(text: str, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+def http(
+    body: bytes,
+    status: str = "200 OK",
+    headers: str = "",
+    media_type: str | None = None,
+    length: int | None = None,
+) -> bytes:
+    """A response, with the media type that fits the body, and a length that may be a lie."""
+    fits = "application/json" if body.startswith((b"{", b"[")) else "text/event-stream"
+    length = len(body) if length is None else length
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {media_type or fits}\r\nContent-Length: {length}\r\n"
+    )
+    return f"{head}{headers}\r\n".encode() + body
 
-    async def wait_until_the_reader_leaves() -> None:
-        while (await receive())["type"] != "http.disconnect":
+
+def head(media_type: str = "text/event-stream") -> bytes:
+    """The head of a response that ends with its connection."""
+    return f"HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\nConnection: close\r\n\r\n".encode()
+
+
+def hang(connection: socket.socket) -> None:
+    """Say nothing, until the reader has left."""
+    connection.recv(1)
+
+
+def hang_after(said: bytes) -> Handler:
+    def say_and_hang(connection: socket.socket) -> None:
+        connection.sendall(said)
+        hang(connection)
+
+    return say_and_hang
+
+
+class Upstream:
+    """`asked` has what came: the head and the body of each request. `left` has the models of
+    those whose reader closed the connection before the answer was over, or after it.
+    """
+
+    def __init__(self, answers: Mapping[str, bytes | Handler]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, bytes]] = []
+        self.left: list[str] = []
+        upstream = self
+
+        class Connection(socketserver.StreamRequestHandler):
+            timeout = LIMIT
+
+            def handle(self) -> None:
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    line = self.rfile.readline()
+                    if not line:
+                        return
+                    head += line
+                length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+                body = self.rfile.read(int(length[1])) if length else b""
+                upstream.asked.append((head.decode("latin-1"), body))
+                upstream.answer(head.split(b" ")[1].decode(), body, self.connection)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+        self.server = Server(("127.0.0.1", 0), Connection)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def answer(self, path: str, body: bytes, connection: socket.socket) -> None:
+        if path.endswith("/models"):
+            data = [{"id": model, "object": "model"} for model in self.answers]
+            model, answer = "models", http(json.dumps({"object": "list", "data": data}).encode())
+            answer = self.answers.get("models", answer)  # type: ignore[assignment]
+        else:
+            found = re.search(rb'"model": ?"([^"]*)"', body)
+            model = found[1].decode() if found else ""
+            answer = self.answers[model]  # type: ignore[assignment]
+        try:
+            if callable(answer):
+                answer(connection)
+                connection.sendall(b"")
+            else:
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1)
+        except OSError:
             pass
-        print(f"{fault}: the reader has left", flush=True)
+        self.left.append(model)
 
-    if scope["path"] == "/v1/models":
-        models = [{"id": fault, "object": "model"} for fault in [*STREAMS, *REFUSALS]]
-        await begin(200, "application/json")
-        await say(json.dumps({"object": "list", "data": models}), more=False)
-        return
-    question = json.loads(body) if body else {"model": "answers in HTML"}
-    fault = question["model"]
-    print(f"{fault}: asked with {dict(scope['headers'])[b'authorization'].decode()}", flush=True)
-    print(f"{fault}: {json.dumps(question, sort_keys=True)}", flush=True)
-    if fault == "is silent":
-        await wait_until_the_reader_leaves()
-    elif fault in REFUSALS:
-        status, media_type, text = REFUSALS[fault]
-        await begin(status, media_type)
-        await say(text, more=False)
-    elif question.get("stream"):
-        await begin(200, "text/event-stream")
-        if fault == "talks for ever":
-            left = asyncio.create_task(wait_until_the_reader_leaves())
-            while not left.done():
-                await say(f"data: {chunk({'content': 'x' * 100_000})}\n\n")
-                # To a reader who has left, uvicorn sends without giving way to anybody.
-                await asyncio.sleep(0)
-            return
-        for data in STREAMS[fault]:
-            if fault == "thinks":
-                await asyncio.sleep(0.3)
-            await say(f"data: {data}\n\n")
-        if fault == "falls silent":
-            await wait_until_the_reader_leaves()
-        elif fault == "breaks off":
-            raise ConnectionError("in the middle of the body")
-        await say("", more=False)
-    else:
-        text = BODIES[fault]
-        await begin(200, "application/json", **{"content-length": str(len(text.encode()))})
-        if fault == "breaks off":
-            await say(text[:20])
-            raise ConnectionError("in the middle of the body")
-        await say(text, more=False)
+    def __enter__(self) -> "Upstream":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

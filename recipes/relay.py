@@ -1,0 +1,170 @@
+"""relay: stands between your readers and a real server of the chat completions protocol.
+
+It passes on bytes, in both directions, without rules of its own. It adds three things: its key; a
+comment in each 10 seconds of silence; an error, where an answer is not complete or is none at all.
+
+Run it with `UPSTREAM_URL=https://api.openai.com/v1 UPSTREAM_KEY=… uvicorn recipes.relay:app`.
+Without `UPSTREAM_URL` it relays `tokens`. Whoever reaches it spends your key: see relay.md.
+"""
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any
+
+import httpx2
+from fastapi import FastAPI, HTTPException, Request
+from starlette.types import Send
+
+from main import EndStreams, Stream
+from recipes.common import logger, openai_error, prepare, use_openai_errors
+from recipes.parrot import serve_parrot
+
+SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
+STALLED_AFTER = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
+MAX_PART = 16 * 1024 * 1024  # bytes of an event, or of an answer that is not a stream
+URL, KEY = (os.environ.get(name, "").strip() for name in ("UPSTREAM_URL", "UPSTREAM_KEY"))
+ADDRESS = r"https?://([^\s/?#]+@)?(\[\S+\]|[^\s/?#:]+)(:[1-6]?\d{1,4})?(/[^\s?#]*)?"
+if URL and not re.fullmatch(ADDRESS, URL):
+    raise SystemExit("UPSTREAM_URL must be an address such as https://api.openai.com/v1.")
+if not re.fullmatch("[!-~]*", KEY):
+    raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
+URL = URL.rstrip("/") or serve_parrot()
+client = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None))
+client.timeout = httpx2.Timeout(STALLED_AFTER, connect=4)
+FAILURES: dict[type[Exception], tuple[int, str]] = {
+    httpx2.ConnectError: (503, "The upstream cannot be reached."),
+    httpx2.ConnectTimeout: (503, "The upstream cannot be reached."),
+    httpx2.ReadTimeout: (504, "The upstream has stalled."),
+    httpx2.HTTPError: (502, "The connection to the upstream broke."),  # and all others
+}
+# Headers: not cookies, nor the reader's own key, nor what belongs to one connection.
+PASSED_ON = re.compile(
+    rb"accept|content-type|user-agent|retry-after.*|idempotency-key|.*request-id|.*ratelimit-.*"
+    rb"|traceparent|(x|openai)-(?!accel|api-key|forwarded).*"
+)
+EVENT_END = re.compile(rb"(?<=\n\n)|(?<=\r\r)|(?<=\n\r\n)")  # a line ends with LF, CR or CRLF
+FIELD = re.compile(rb"(?:^|[\r\n])(data|event|id|retry|): ?([^\r\n]*)")  # no name: a comment
+
+
+def ends(part: bytes, is_stream: bool) -> bool:
+    """Does a part say that the answer is complete? Raises HTTPException if it is none."""
+    fields = FIELD.findall(part)
+    data = b"\n".join(value for name, value in fields if name == b"data") if is_stream else part
+    if data.startswith(b"[DONE]"):
+        return True
+    try:
+        answer = json.loads(data.strip() or (b"{}" if fields else b""))
+        reasons = [choice.get("finish_reason") for choice in answer.get("choices") or []]
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or another shape
+        raise openai_error(502, "The upstream's answer is not of this protocol:", part) from None
+    return any(reasons) or (is_stream and bool(answer.get("error")))
+
+
+class Answer(Stream):
+    """The upstream's answer. Its head leaves with its first part: a failure before has a status."""
+
+    def __init__(self, request: Request, path: str, question: bytes) -> None:
+        super().__init__(())
+        self.begun = False
+        headers = [(k, v) for k, v in request.headers.raw if PASSED_ON.fullmatch(k)]
+        headers += [(b"authorization", b"Bearer " + KEY.encode())] if KEY else []
+        self.asked = httpx2.Request(request.method, URL + path, headers=headers, content=question)
+        # A field: within a text, its quotes would be escaped.
+        self.is_stream = bool(re.search(rb'"stream"\s*:\s*(true|1)', question))
+
+    async def stream_response(self, send: Send) -> None:
+        self.send = send
+        try:
+            async with aclosing(self.parts()) as parts:
+                await self.pass_on(parts)
+        except (HTTPException, httpx2.HTTPError) as error:
+            if not isinstance(error, HTTPException):
+                logger.warning("upstream: %s: %.200s", type(error).__name__, error)
+                error = openai_error(*FAILURES.get(type(error), FAILURES[httpx2.HTTPError]))
+            if not self.begun:
+                raise error from None
+            await self.say(error)
+        except asyncio.CancelledError:  # the server stops; or the reader has left
+            if self.begun:
+                await self.say(openai_error(503, "The server is stopping."))
+            raise
+        await self.say(b"", more=False)
+
+    async def parts(self) -> AsyncGenerator[Any]:
+        """Yield the response, then each event with its blank line, or else the body as a whole."""
+        async with aclosing(await client.send(self.asked, stream=True)) as response:
+            yield response
+            rest = b""
+            async for piece in response.aiter_bytes():
+                rest += piece
+                may_end = self.is_stream and re.search(rb"[\r\n]", piece)
+                *events, rest = EVENT_END.split(rest) if may_end else [rest]
+                for event in filter(bytes.strip, events):
+                    yield event
+                if len(rest) > MAX_PART:
+                    break
+            yield rest + b"\n\n" if self.is_stream and rest.strip() else rest
+
+    async def pass_on(self, parts: AsyncGenerator[Any]) -> None:
+        """Pass on an answer as it comes. Raises HTTPException if it is not complete."""
+        response: httpx2.Response = await self.wait_for(anext(parts))
+        status, method, failed = response.status_code, self.asked.method, not response.is_success
+        if status == 401 or 300 <= status < 400:
+            raise openai_error(502, f"UPSTREAM_URL or UPSTREAM_KEY is wrong: it answered {status}.")
+        self.status_code = min(status, 599)
+        head = [(k.lower(), v) for k, v in response.headers.raw]
+        self.raw_headers += [(k, v) for k, v in head if PASSED_ON.fullmatch(k)]
+        is_stream = self.is_stream or b"text/event-stream" in dict(head).get(b"content-type", b"")
+        self.is_stream = is_stream = is_stream and response.is_success
+        complete, part = failed or method == "HEAD", b""
+        try:
+            while part := await self.wait_for(anext(parts, b"")):
+                if failed and self.begun:
+                    raise openai_error(status, f"The upstream answered {status}:", part)
+                complete = complete or ends(part, is_stream) or method == "GET"
+                if not (complete or is_stream):
+                    break
+                await self.say(part)
+        except httpx2.HTTPError:
+            if not (complete and is_stream):
+                raise
+        if not complete:
+            raise openai_error(502, "The upstream's answer is not complete.", part)
+
+    async def wait_for(self, coming: Awaitable[Any]) -> Any:
+        """Await it, and send a comment in each 10 seconds of silence."""
+        task = asyncio.ensure_future(coming)
+        try:
+            while not (await asyncio.wait([task], timeout=SILENCE))[0]:
+                if self.is_stream:
+                    self.headers.setdefault("content-type", "text/event-stream")
+                    await self.say(b": keep-alive\n\n")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def say(self, part: bytes | HTTPException, more: bool = True) -> None:
+        if isinstance(part, HTTPException):
+            part = b"data: %s\n\n" % json.dumps(part.detail).encode()
+        if not self.begun:
+            self.begun = True
+            head = {"status": self.status_code, "headers": self.raw_headers}
+            await self.send({"type": "http.response.start", **head})
+        await self.send({"type": "http.response.body", "body": part, "more_body": more})
+
+
+app = FastAPI(title="Relay")
+prepare(app, page="tokens.html")
+use_openai_errors(app)
+app.add_middleware(EndStreams, methods=("POST",))  # as in `tokens`
+
+
+@app.post("/v1/chat/completions")
+@app.api_route("/v1/models", methods=["GET", "HEAD"])
+async def relay(request: Request) -> Answer:
+    return Answer(request, request.scope["route"].path.removeprefix("/v1"), await request.body())

@@ -1,0 +1,564 @@
+"""recipes/relay.py before upstreams that do what real servers do, and what they should not."""
+
+import asyncio
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import brotli  # type: ignore[import-untyped]
+import httpx
+import openai
+import psutil
+import pytest
+from openai import AsyncOpenAI
+
+from tests.support.processes import (
+    ENVIRONMENT,
+    LIMIT,
+    ROOT,
+    Process,
+    Start,
+    free_port,
+    starting,
+    wait_for,
+)
+from tests.support.raw_reader import wait_until_idle
+from tests.support.tokens import asked, client_of, post, raw_post, read, serve
+from tests.support.upstreams import (
+    BEGINNING,
+    Handler,
+    Upstream,
+    chunk,
+    events,
+    hang,
+    hang_after,
+    head,
+    http,
+    whole,
+)
+
+# They share servers, and so are run by one worker.
+pytestmark = pytest.mark.xdist_group("relay")
+
+END = chunk({}, "stop")
+COMPLETE = events(*BEGINNING, END, "[DONE]")
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+TOOL = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+LARGE = "x" * 3_000_000
+UTF8 = b'{"choices": [{"index": 0, "delta": {"content": "\xe2\x98\x95\xe2\x80\xa8"}}]}'
+
+# Complete streams: their text, and what is on the wire.
+STREAMS: dict[str, tuple[str, bytes]] = {
+    "ordinary": ("One two", COMPLETE),
+    "comments (OpenRouter)": ("One two", b": OPENROUTER PROCESSING\n\n" + COMPLETE),
+    "CRLF": ("One two", COMPLETE.replace(b"\n", b"\r\n")),
+    "CR": ("One two", COMPLETE.replace(b"\n", b"\r")),
+    "no space after the colon (TGI)": ("One two", COMPLETE.replace(b"data: ", b"data:")),
+    "other fields": ("One two", COMPLETE.replace(b"data:", b"event: x\nid: 1\nx: y\ndata:")),
+    "an event over two lines": (
+        "One two",
+        COMPLETE.replace(b', "object"', b'\ndata: , "object"'),
+    ),
+    "no [DONE]": ("One two", events(*BEGINNING, END)),
+    "no finish_reason": ("One two", events(*BEGINNING, "[DONE]")),
+    "stopped by its limit": ("One two", events(*BEGINNING, chunk({}, "length"), "[DONE]")),
+    "empty choices first (Azure)": (
+        "One two",
+        events('{"choices": [], "prompt_filter_results": []}', *BEGINNING, END, "[DONE]"),
+    ),
+    "choices null": (
+        "One two",
+        events(*BEGINNING, END, json.dumps({"choices": None, "usage": USAGE}), "[DONE]"),
+    ),
+    "a last chunk without choices": (
+        "One two",
+        events(*BEGINNING, END, json.dumps({"usage": USAGE})),
+    ),
+    "an emoji in two halves": (
+        "One two\ud83d\ude80",
+        events(*BEGINNING, chunk({"content": "\ud83d"}), chunk({"content": "\ude80"}, "stop")),
+    ),
+    "UTF-8, and U+2028": ("☕\u2028", b"data: " + UTF8 + b"\n\n" + events("[DONE]")),
+    "tool calls": ("", events(chunk({"tool_calls": [TOOL]}), chunk({}, "tool_calls"), "[DONE]")),
+    "fields of its own": ("x", events(chunk({"content": "x", "own": "☕"}, "stop", own=[None, 1]))),
+    "NaN": ("x", events(chunk({"content": "x"}, "stop", x=float("nan")))),
+    "a large event": (LARGE, events(chunk({"content": LARGE}, "stop"), "[DONE]")),
+}
+# Ways in which the body of a complete stream comes.
+WAYS: dict[str, bytes | Handler] = {
+    "way: without a length": head() + COMPLETE,
+    "way: with a charset": http(COMPLETE, media_type="text/event-stream; charset=utf-8"),
+    "way: as another media type": http(COMPLETE, media_type="text/plain"),
+    "way: gzip": http(gzip.compress(COMPLETE), headers="Content-Encoding: gzip\r\n"),
+    "way: br": http(brotli.compress(COMPLETE), headers="Content-Encoding: br\r\n"),
+    "way: broken after its end": http(COMPLETE, length=len(COMPLETE) + 9),
+    "way: stalled after its end": hang_after(http(COMPLETE, length=len(COMPLETE) + 9)),
+    "way: no last blank line": head() + events(*BEGINNING) + b"data: " + END.encode(),
+}
+
+
+def byte_by_byte(connection: Any) -> None:
+    for byte in head() + COMPLETE.replace(b"\n", b"\r\n"):
+        connection.sendall(bytes([byte]))
+
+
+WAYS["way: byte by byte"] = byte_by_byte
+
+# Answers of which something is missing, or that are none: with a stream, and without.
+INCOMPLETE: dict[str, bytes | Handler] = {
+    "ends early": head() + events(*BEGINNING),
+    "ends within an event": head() + events(*BEGINNING) + b'data: {"choices": [{"index',
+    "breaks off": http(events(*BEGINNING), length=9999),
+    "breaks off within an event": http(events(*BEGINNING) + b'data: {"cho', length=9999),
+    "stalls": hang_after(head() + events(*BEGINNING)),
+    "stalls within an event": hang_after(head() + events(*BEGINNING) + b'data: {"cho'),
+    "half of JSON": head() + events(*BEGINNING, '{"choices": '),
+    "a text": head() + events(*BEGINNING, '"hello"'),
+    "null": head() + events(*BEGINNING, "null"),
+    "no UTF-8": head() + events(*BEGINNING) + b'data: {"x": "\xff"}\n\n',
+    "choices of another shape": head() + events(*BEGINNING, '{"choices": ["x"]}'),
+    "another shape": head() + events(*BEGINNING) + b"oops: {}\n\n",
+    "too large an event": head() + events(*BEGINNING) + b"data: " + b"x" * 20_000_000,
+}
+NOTHING: dict[str, bytes | Handler] = {
+    "nothing": http(b"", media_type="text/event-stream"),
+    "no response": lambda connection: None,
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    "an endless head": b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 2_000_000,
+    "never answers": hang,
+    "HTML": http(b"<h1>Welcome</h1>\n\n<p>data: x</p>", media_type="text/html"),
+    "a redirection": http(b"", "307 Moved", headers="Location: http://localhost/\r\n"),
+    "an unknown encoding": http(b"\xff\x00", headers="Content-Encoding: gzip\r\n"),
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+}
+BODIES: dict[str, bytes | Handler] = {
+    "a body without a reason": http(whole("One two", None)),
+    "a body that breaks off": http(whole("One two"), length=9999),
+    "half a body": http(whole("One two")[:40]),
+    "a body that stalls": hang_after(http(whole("One two")[:40], length=9999)),
+    "a body of another shape": http(b'{"hello": 1}'),
+    "a body that is null": http(b"null"),
+    "a body that is a stream of its own": http(b'{"response": "x"}\n{"response": "y"}\n'),
+}
+
+# What an upstream says of its failure, in all the shapes that there are.
+WHY = "the prompt has 13055 tokens, the context 4096"
+FAILURES: dict[str, tuple[str, str, str]] = {
+    "OpenAI": ("400 X", "", json.dumps({"error": {"message": WHY, "type": "a", "own": [1.50]}})),
+    "a text (LM Studio, Ollama)": ("400 X", "", json.dumps({"error": WHY})),
+    "detail (FastAPI)": ("404 X", "", json.dumps({"detail": WHY})),
+    "detail in a list (FastAPI)": ("422 X", "", json.dumps({"detail": [{"msg": WHY}]})),
+    "a list (Gemini)": ("400 X", "", json.dumps([{"error": {"code": 400, "message": WHY}}])),
+    "flat (vLLM)": ("400 X", "", json.dumps({"object": "error", "message": WHY, "code": 400})),
+    "type error (Anthropic)": (
+        "529 X",
+        "",
+        json.dumps({"type": "error", "error": {"message": WHY}}),
+    ),
+    "TGI": ("422 X", "", json.dumps({"error": WHY, "error_type": "validation"})),
+    "plain text": ("413 X", "text/plain", WHY),
+    "HTML": ("502 X", "text/html", f"<h1>{WHY}</h1>"),
+    "an event": ("500 X", "text/event-stream", f'data: {{"error": "{WHY}"}}\n\n'),
+    "moderation (OpenRouter)": ("403 X", "", json.dumps({"error": {"message": WHY, "code": 403}})),
+    "half a surrogate pair": ("400 X", "", json.dumps({"error": {"message": WHY + "\ud800"}})),
+    "a number that is none": ("429 X", "", json.dumps({"error": {"message": WHY, "x": 1e999}})),
+    "latin-1": ("400 X", "text/plain; charset=latin-1", WHY + "é"),
+}
+IN_A_200 = {
+    "200 with an error (OpenRouter)": json.dumps({"error": {"message": WHY, "code": 429}}),
+    "200 with a text": json.dumps({"error": WHY}),
+    "200 with detail": json.dumps({"detail": WHY}),
+    "200 with plain text": WHY,
+    "200 with a list": json.dumps([{"error": {"message": WHY}}]),
+}
+IN_MID_STREAM = {
+    "an error": events(json.dumps({"error": {"message": WHY}})),
+    "a text": events(json.dumps({"error": WHY})),
+    "event: error": b'event: error\ndata: {"error": {"message": "%s"}}\n\n' % WHY.encode(),
+    "in a chunk (OpenRouter)": events(chunk({}, "error", error={"code": 502, "message": WHY})),
+    "detail": events(json.dumps({"detail": WHY})),
+    "a list": events(json.dumps([{"error": {"message": WHY}}])),
+    "as another field (llama.cpp)": b'error: {"message": "%s"}\n\n' % WHY.encode(),
+    "without a field": json.dumps({"error": {"message": WHY}}).encode(),
+    "plain text": WHY.encode(),
+}
+ANSWERS: dict[str, bytes | Handler] = {
+    **{f"stream: {name}": http(body) for name, (_, body) in STREAMS.items()},
+    **{f"early: {name}": http(body.encode()) for name, body in IN_A_200.items()},
+    **{f"mid: {name}": head() + events(*BEGINNING) + said for name, said in IN_MID_STREAM.items()},
+    **{
+        f"fails: {name}": http(body.encode("latin-1"), status, media_type=media_type or None)
+        for name, (status, media_type, body) in FAILURES.items()
+    },
+    **WAYS,
+    **INCOMPLETE,
+    **NOTHING,
+    **BODIES,
+    "complete": http(whole("One two", own=[None, 1])),
+    "hangs": hang,
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    with starting(tmp_path_factory.mktemp("relay")) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream(ANSWERS) as upstream:
+        yield upstream
+
+
+@pytest.fixture(scope="module")
+def relay(start: Start, upstream: Upstream) -> Process:
+    """Its patience is short, so that a test sees its end."""
+    return serve(start, "relay", upstream.url, relay__STALLED_AFTER=2)
+
+
+@pytest.fixture(scope="module")
+def lively(start: Start, upstream: Upstream) -> Process:
+    return serve(start, "relay", upstream.url, relay__SILENCE=0.2)
+
+
+# What passes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_complete_stream_passes_as_it_came(relay: Process, name: str) -> None:
+    text, body = STREAMS[name]
+    response = post(relay, asked(model=f"stream: {name}", stream=True))
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert response.content == body
+    assert read(relay, model=f"stream: {name}", stream=True, n=3) == (text, None)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_complete_stream_passes_however_it_comes(relay: Process, name: str) -> None:
+    assert read(relay, model=name, stream=True) == ("One two", None)
+
+
+def test_the_async_package_reads_it_too(relay: Process) -> None:
+    async def read_async() -> str:
+        async with AsyncOpenAI(base_url=f"{relay.url}/v1", api_key="none") as client:
+            question = asked(model="stream: ordinary", stream=True)
+            stream = await client.chat.completions.create(**question)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert asyncio.run(read_async()) == "One two"
+
+
+def test_a_complete_body_passes_as_it_came(relay: Process) -> None:
+    response = post(relay, asked(model="complete"))
+    assert response.content == whole("One two", own=[None, 1])
+    assert response.headers["Content-Type"] == "application/json"
+    assert read(relay, model="complete") == ("One two", None)
+
+
+QUESTIONS = [
+    {"max_tokens": -1},
+    {"stop": ["a"] * 9},
+    {"n": 1_000_000_000},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "text": None}]}]},
+    {"messages": None, "own": {"é": [1.5, None]}},
+]
+
+
+@pytest.mark.parametrize("fields", QUESTIONS, ids=str)
+def test_any_question_passes_as_it_came(
+    relay: Process, upstream: Upstream, fields: dict[str, Any]
+) -> None:
+    for stream, name in ((True, "stream: ordinary"), (False, "complete")):
+        question = json.dumps({**asked(model=name, stream=stream), **fields}, indent=1).encode()
+        assert post(relay, question).status_code == 200
+        assert upstream.asked[-1][1] == question
+
+
+@pytest.mark.parametrize("question", [b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"], ids=str)
+def test_even_one_that_is_none(start: Start, question: bytes) -> None:
+    refusal = http(b'{"error": {"message": "What?"}}', "400 Bad Request")
+    with Upstream({"": refusal}) as upstream:
+        response = post(serve(start, "relay", upstream.url), question)
+        assert (response.status_code, response.content) == (400, refusal[-31:])
+        assert upstream.asked[-1][1] == question
+
+
+def test_headers(start: Start) -> None:
+    more = (
+        "X-Request-ID: r-1\r\nX-RateLimit-Remaining-Tokens: 7\r\nretry-after-ms: 900\r\n"
+        "Retry-After: 7\r\nopenai-processing-ms: 3\r\nanthropic-ratelimit-requests-limit: 5\r\n"
+        "apim-request-id: a\r\nx-own: caf\xe9\r\nSet-Cookie: a=b\r\nServer: upstream\r\n"
+        "X-Accel-Redirect: /etc\r\nAccess-Control-Allow-Origin: *\r\n"
+    ).encode("latin-1")
+    answers: dict[str, bytes | Handler] = {
+        "fine": http(COMPLETE).replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1),
+        "slow": http(b"{}", "429 X").replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1),
+    }
+    with Upstream(answers) as upstream:
+        relay = serve(start, "relay", upstream.url)
+        for model, stream in (("fine", True), ("slow", True), ("slow", False)):
+            headers = {
+                "Authorization": "Bearer the-readers",
+                "Cookie": "session=1",
+                "X-Api-Key": "the-readers",
+                "OpenAI-Organization": "o",
+                "X-Title": b"caf\xe9",
+            }
+            response = httpx.post(
+                f"{relay.url}/v1/chat/completions",
+                json=asked(model=model, stream=stream),
+                headers=headers,  # type: ignore[arg-type]
+                timeout=LIMIT,
+            )
+            for name, value in (
+                ("X-Request-ID", "r-1"),
+                ("X-RateLimit-Remaining-Tokens", "7"),
+                ("Retry-After", "7"),
+                ("Retry-After-Ms", "900"),
+                ("OpenAI-Processing-Ms", "3"),
+                ("Anthropic-RateLimit-Requests-Limit", "5"),
+                ("Apim-Request-Id", "a"),
+                ("X-Own", "café"),
+                ("Server", "uvicorn"),
+            ):
+                assert response.headers[name] == value
+            assert not {"set-cookie", "x-accel-redirect", "access-control-allow-origin"} & {
+                *response.headers
+            }
+            asked_with = upstream.asked[-1][0].lower()
+            assert "authorization: bearer the-key\r\n" in asked_with
+            assert "openai-organization: o\r\n" in asked_with
+            assert "x-title: caf\xe9\r\n" in asked_with
+            assert "the-readers" not in asked_with
+            assert "cookie" not in asked_with
+
+
+def test_models(relay: Process, start: Start) -> None:
+    assert "complete" in [model.id for model in client_of(relay.url).models.list()]
+    assert httpx.head(f"{relay.url}/v1/models", timeout=LIMIT).status_code == 200
+    for answer in (http(b"<h1>Hello</h1>", media_type="text/html"), http(b"null"), http(b"")):
+        with Upstream({"models": answer}) as upstream:
+            response = httpx.get(f"{serve(start, 'relay', upstream.url).url}/v1/models")
+            assert response.status_code == 502
+            assert response.json()["error"]["message"]
+
+
+# What fails ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_an_incomplete_stream_does_not_look_complete(relay: Process, name: str) -> None:
+    text, error = read(relay, model=name, stream=True)
+    assert text == "One two"
+    assert type(error) is openai.APIError  # an event, and not a connection that broke
+    assert "upstream" in error.message
+    if "stalls" in name:
+        assert "stalled" in error.message
+    response = post(relay, asked(model=name, stream=True))
+    assert response.content.startswith(events(*BEGINNING) + b'data: {"error": {"message": "The ')
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_fails_at_once_has_a_status(relay: Process, name: str, stream: bool) -> None:
+    _, error = read(relay, model=name, stream=stream)
+    assert isinstance(error, openai.InternalServerError)
+    assert error.status_code == (504 if name == "never answers" else 502)
+    assert "upstream" in error.message.lower()
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_an_incomplete_body_does_not_look_complete(relay: Process, name: str) -> None:
+    for stream in (False, True):  # to a stream, a body is no answer at all
+        _, error = read(relay, model=name, stream=stream)
+        assert isinstance(error, openai.InternalServerError)
+        assert error.status_code == (504 if "stalls" in name else 502)
+        assert "upstream" in error.message
+
+
+def test_a_body_is_no_stream(relay: Process) -> None:
+    _, error = read(relay, model="complete", stream=True)
+    assert isinstance(error, openai.InternalServerError)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_the_upstream_says_of_its_failure(relay: Process, name: str, stream: bool) -> None:
+    status, media_type, body = FAILURES[name]
+    response = post(relay, asked(model=f"fails: {name}", stream=stream))
+    assert response.status_code == int(status[:3])
+    assert response.content == body.encode("latin-1")
+    assert response.headers["Content-Type"] == (media_type or "application/json")
+    _, error = read(relay, model=f"fails: {name}", stream=stream)
+    assert isinstance(error, openai.APIStatusError)
+    assert error.status_code == int(status[:3])
+    assert WHY in error.response.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", IN_A_200)
+def test_a_failure_with_the_status_200(relay: Process, name: str, stream: bool) -> None:
+    response = post(relay, asked(model=f"early: {name}", stream=stream))
+    assert response.status_code == 502
+    assert WHY in response.text
+    assert response.json()["error"]
+
+
+@pytest.mark.parametrize("name", IN_MID_STREAM)
+def test_a_failure_in_mid_stream(relay: Process, name: str) -> None:
+    text, error = read(relay, model=f"mid: {name}", stream=True)
+    assert text == "One two"
+    assert type(error) is openai.APIError
+    assert WHY in post(relay, asked(model=f"mid: {name}", stream=True)).text
+
+
+def test_a_401_is_the_fault_of_the_key_of_the_relay(start: Start) -> None:
+    refusal = http(b'{"error": {"message": "Wrong key: the-key"}}', "401 Unauthorized")
+    with Upstream({"x": refusal, "models": refusal}) as upstream:
+        relay = serve(start, "relay", upstream.url)
+        _, error = read(relay, model="x")
+        assert isinstance(error, openai.InternalServerError)
+        assert error.status_code == 502
+        assert "UPSTREAM_KEY is wrong" in error.message
+        with pytest.raises(openai.InternalServerError, match="UPSTREAM_KEY is wrong"):
+            client_of(relay.url).models.list()
+        assert "the-key" not in error.response.text + relay.log
+
+
+def test_nobody_listens(start: Start) -> None:
+    relay = serve(start, "relay", f"http://127.0.0.1:{free_port()}")
+    for stream in (True, False):
+        response = post(relay, asked(stream=stream))
+        assert response.status_code == 503
+        assert int(response.headers["Retry-After"]) > 0
+        assert response.elapsed.total_seconds() < 5
+        assert "cannot be reached" in response.json()["error"]["message"]
+    # It goes on when the upstream is there, without a restart.
+    with Upstream({"complete": http(whole("Hi"))}) as upstream:
+        relay = serve(start, "relay", upstream.url)
+        assert read(relay, model="complete") == ("Hi", None)
+
+
+def test_a_large_reason_takes_no_memory(start: Start) -> None:
+    def talk(connection: Any) -> None:
+        connection.sendall(b"HTTP/1.1 500 X\r\nContent-Type: text/plain\r\n\r\n")
+        while True:
+            connection.sendall(b"x" * 1_000_000)
+
+    with Upstream({"x": talk}) as upstream:
+        relay = serve(start, "relay", upstream.url)
+        assert post(relay, asked(model="x")).status_code == 500
+        assert psutil.Process(relay.pid).memory_info().rss < 300_000_000
+
+
+# Silence, and who leaves --------------------------------------------------------------------------
+
+
+def test_a_silent_stream_is_kept_alive(lively: Process) -> None:
+    """Also before the upstream has said anything: what then goes wrong is an event."""
+    for model, before in (("hangs", 0), ("stalls", 3), ("stalls within an event", 3)):
+        with raw_post(lively, asked(model=model, stream=True)) as reader:
+            received = b""
+            while received.count(b": keep-alive\n\n") < 3:
+                received += reader.recv(65536)
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.count(b"data: ") == before
+        assert received.count(b"content-type: text/event-stream") == 1
+
+
+def test_what_fails_after_a_comment_is_an_event(start: Start) -> None:
+    def wait_a_second(connection: Any) -> None:
+        connection.settimeout(1)
+        try:
+            connection.recv(1)
+        except TimeoutError:
+            connection.settimeout(LIMIT)
+            connection.sendall(http(b'[{"error": {"message": "%s"}}]' % WHY.encode(), "400 X"))
+
+    with Upstream({"x": wait_a_second}) as upstream:
+        relay = serve(start, "relay", upstream.url, relay__SILENCE=0.2)
+        text, error = read(relay, model="x", stream=True)
+        assert (text, type(error)) == ("", openai.APIError)
+        assert WHY in str(error)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("model", ["hangs", "stalls", "a body that stalls"])
+def test_the_model_stops_when_the_reader_leaves(
+    start: Start, upstream: Upstream, model: str, stream: bool
+) -> None:
+    relay = serve(start, "relay", upstream.url)
+    asked_before, before = len(upstream.asked), upstream.left.count(model)
+    with raw_post(relay, asked(model=model, stream=stream)):
+        wait_for(lambda: len(upstream.asked) > asked_before, "the question")
+        assert upstream.left.count(model) == before
+    wait_for(lambda: upstream.left.count(model) > before, "the connection to be closed")
+    assert "Traceback" not in relay.log
+
+
+def test_who_reads_nothing_takes_no_memory(start: Start) -> None:
+    def talk(connection: Any) -> None:
+        connection.sendall(head())
+        while True:
+            connection.sendall(events(chunk({"content": "x" * 10_000})))
+
+    with Upstream({"x": talk}) as upstream:
+        relay = serve(start, "relay", upstream.url)
+        with raw_post(relay, asked(model="x", stream=True)) as reader:
+            reader.recv(1)
+            wait_until_idle(relay)
+            assert psutil.Process(relay.pid).memory_info().rss < 200_000_000
+        wait_for(lambda: upstream.left == ["x"], "the connection to be closed")
+
+
+def test_many_at_once(start: Start) -> None:
+    """More than the hundred connections that an HTTP client opens by default."""
+    with Upstream({"stalls": hang_after(head() + events(*BEGINNING))}) as upstream:
+        relay = serve(start, "relay", upstream.url)
+        readers = [raw_post(relay, asked(model="stalls", stream=True)) for _ in range(120)]
+        for reader in readers:
+            assert reader.__enter__().recv(1) == b"H"
+        for reader in readers:
+            reader.__exit__(None, None, None)
+        wait_for(lambda: len(upstream.left) == 120, "the connections to be closed")
+
+
+# The settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("UPSTREAM_URL", "api.openai.com/v1"),
+        ("UPSTREAM_URL", "ftp://localhost/v1"),
+        ("UPSTREAM_URL", "http://"),
+        ("UPSTREAM_URL", "http://local host/v1"),
+        ("UPSTREAM_URL", "http://localhost:x/v1"),
+        ("UPSTREAM_URL", "http://localhost:99999/v1"),
+        ("UPSTREAM_KEY", "s3cret key"),
+        ("UPSTREAM_KEY", "s3cret☕"),
+    ],
+)
+def test_a_wrong_setting_is_told_at_the_start(name: str, value: str) -> None:
+    command = [sys.executable, "-m", "uvicorn", "recipes.relay:app", "--port", str(free_port())]
+    environment = {**ENVIRONMENT, "UPSTREAM_URL": "http://localhost/v1", name: value}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20
+    )
+    assert result.returncode != 0
+    assert name in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "s3cret" not in result.stderr
+
+
+def test_what_the_readme_says_of_the_package(upstream: Upstream) -> None:
+    client = openai.OpenAI(base_url=upstream.url, api_key="none")
+    chunks = client.chat.completions.create(**asked(model="ends early", stream=True))
+    assert len(list(chunks)) == 3  # without a relay in between, nothing is said of it
+    assert openai.DEFAULT_MAX_RETRIES == 2
