@@ -1,0 +1,119 @@
+"""`Stream` in apps of other people: closed at once however it ends, and an ordinary response."""
+
+import re
+import sys
+
+import pytest
+import requests
+from starlette.testclient import TestClient
+
+from tests.support.processes import LIMIT, Process, Start
+from tests.support.raw_reader import RawReader, read_until, wait_until_idle
+from tests.support.stream_apps import app as its_app
+
+WAYS = ("/stream/", "/logged/", "/plain/", "/mount/")
+in_each_way = pytest.mark.parametrize("way", WAYS, ids=[way.strip("/") for way in WAYS])
+
+
+@pytest.fixture
+def app(start: Start) -> Process:
+    words = "-m uvicorn tests.support.stream_apps:app --port {port}"
+    return start(sys.executable, *words.split())
+
+
+def begin(app: Process, target: str, receive_buffer: int = 0) -> RawReader:
+    reader = RawReader(app.port, target, receive_buffer=receive_buffer)
+    assert read_until([reader], lambda: reader.arrivals)
+    return reader
+
+
+@in_each_way
+def test_its_finally_awaits_however_it_ends(app: Process, way: str) -> None:
+    """Because it ended or raised, its reader left, or the server stopped."""
+    with requests.get(f"{app.url}{way}ends", timeout=LIMIT) as answer:
+        assert answer.text == "ends\n"
+    app.wait_for_log("closed ends")
+
+    raises = begin(app, f"{way}raises")
+    assert read_until([raises], lambda: raises.ended_at)
+    # Below `@app.middleware("http")`, Starlette writes the end of a body that its app did not end.
+    assert raises.ended_properly == (way == "/mount/")
+    app.wait_for_log("closed raises")
+    app.wait_for_log("ZeroDivisionError")
+
+    begin(app, f"{way}sleeps").close()
+    app.wait_for_log("closed sleeps")
+
+    stopped = begin(app, f"{way}stopped")
+    app.signal(15)
+    assert read_until([stopped], lambda: stopped.ended_at)
+    assert stopped.ended_properly
+    app.wait()
+    log = app.log
+    assert "closed stopped" in log
+    assert log.count("ERROR") == 1, log  # of the one that raised
+    if way == "/logged/":  # a generator that was put around its iterator is closed too
+        assert re.findall(r"sent \d+ \d+", log) == [f"sent 200 {n}" for n in (5, 7, 7, 8)]
+
+
+@in_each_way
+def test_a_slow_reader_leaves(app: Process, way: str) -> None:
+    """While `send` waits; and the generator never awaits, so that it could stop everybody else."""
+    reader = begin(app, f"{way}never_awaits", receive_buffer=4096)
+    wait_until_idle(app)  # its `send` waits
+    reader.close()
+    app.wait_for_log("closed never_awaits")
+    assert requests.get(f"{app.url}/stream/ends", timeout=LIMIT).text == "ends\n"
+
+
+def test_a_time_limit_of_a_middleware(app: Process) -> None:
+    """AnyIO cancels every `await` of a task, but the cleanup still runs to its end, and before."""
+    reader = begin(app, "/stream/time_limit")
+    assert read_until([reader], lambda: reader.ended_at)
+    assert not reader.ended_properly
+    app.wait_for_log("closed time_limit\ntime is up")
+
+
+def test_a_sync_generator_is_closed_in_a_thread(app: Process) -> None:
+    """When its reader leaves, and when the server stops: after the step that it is in."""
+    readers = [begin(app, f"/sync/left-{number}") for number in range(5)]
+    for reader in readers:
+        reader.close()
+    app.wait_for_log(r"closed left-\d", count=5)
+    reader = begin(app, "/sync/stopped")
+    app.signal(15)
+    assert read_until([reader], lambda: reader.ended_at)
+    assert reader.ended_properly
+    app.wait()
+    assert "closed stopped" in app.log
+    assert not re.search("Traceback|ERROR", app.log), app.log
+
+
+def test_its_arguments_and_headers(app: Process) -> None:
+    """Those of `StreamingResponse`; the headers of every stream are added to one's own."""
+    answer = requests.get(f"{app.url}/options", timeout=LIMIT)
+    assert (answer.status_code, answer.text) == (203, "ends\n")
+    expected = {
+        "X-Own": "1",
+        "Cache-Control": "private",
+        "X-Accel-Buffering": "no",
+        "Content-Type": "text/plain; charset=utf-8",
+    }
+    assert {name: answer.headers[name] for name in expected} == expected
+    app.wait_for_log("closed ends\nbackground")
+    assert requests.get(f"{app.url}/mount/ends", timeout=LIMIT).headers["X-Mark"] == "seen"
+    plain = requests.get(f"{app.url}/plain/ends", timeout=LIMIT)
+    assert plain.headers["Cache-Control"] == "no-cache, no-transform"
+
+
+def test_what_a_middleware_finds_afterwards(app: Process) -> None:
+    """The route, the endpoint, the parameters, and the state as the endpoint set it."""
+    assert requests.get(f"{app.url}/looked/items/7", timeout=LIMIT).text == "ends\n"
+    app.wait_for_log(re.escape("found /items/{number} item {'number': '7'} state 7"))
+
+
+def test_in_a_test_client() -> None:
+    with TestClient(its_app) as client:
+        assert client.get("/stream/ends").text == "ends\n"
+        with pytest.raises(ZeroDivisionError):
+            client.get("/stream/raises")
