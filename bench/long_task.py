@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -74,7 +75,8 @@ def measure_one(database: str, url: str, tasks: int, parts: int, quiet: float) -
         looked = asyncio.run(look(Server(port, process.pid), tasks, parts, quiet))
         if database == "SQLite":
             connections = None
-            steps = sqlite3.connect(url.removeprefix("sqlite:///")).execute(STEPS.format(""))
+            file = url.removeprefix("sqlite:///")
+            steps: Iterable[Any] = sqlite3.connect(file).execute(STEPS.format(""))
         else:
             connection = psycopg.connect(url)
             (row,) = connection.execute(CONNECTIONS)

@@ -11,8 +11,8 @@ Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost
     curl -N localhost:8000/tasks/ID/events
 
 DBOS keeps what each part returned in a database: SQLite in a file next to this one, or PostgreSQL
-for more than one machine, DATABASE_URL=postgresql://user:password@host/database. How DBOS is
-started, and what happens when the database or a server goes away, is in long_task_database.py.
+for more than one machine, DATABASE_URL=postgresql://user:password@host/database. What happens
+when the database or a server goes away is in long_task_database.py.
 """
 
 import asyncio
@@ -22,12 +22,10 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dbos import DBOS, StepOptions
-from fastapi import FastAPI, Header, HTTPException, Request, Response
+from fastapi import FastAPI, Header, HTTPException, Path, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -37,9 +35,9 @@ from recipes.long_task_database import AWAY, DEATHS, Database
 
 NAME = "long_task"
 POLL = 0.1  # seconds from one look at the tasks that are watched to the next
-KEEP = timedelta(days=7)  # from the end of a task until it is deleted
+KEEP = 7  # days from the end of a task until it is deleted
 KEEP_ALIVE = 10.0  # seconds of silence, then a comment
-database = Database(NAME, Path(__file__).resolve().with_suffix(".sqlite"), KEEP)
+database = Database(NAME, KEEP)
 
 
 # 1. The work --------------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ STATUS |= {"SUCCESS": "done", "CANCELLED": "cancelled"}
 def read_tasks(task_ids: list[str]) -> dict[str, Task]:
     """Return those of these tasks that there are."""
     workflows: list[Any] = database.client.list_workflows(workflow_ids=task_ids, name=NAME)
-    done = database.count_parts(task_ids)  # after the status: what is over has all its parts
+    done = database.count_parts(task_ids)  # asked last: what is over has all its parts
     tasks = {}
     for workflow in workflows:
         task_id = workflow.workflow_id
@@ -174,7 +172,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     try:
         await database.start()
     except Exception as problem:
-        why = str(problem).partition("\n")[0]
+        why = str(getattr(problem, "orig", problem)).partition("\n")[0]
         print(f"Cannot use DATABASE_URL: {why}", file=sys.stderr)
         os._exit(3)  # as uvicorn itself does, but without its traceback
     loops = [
@@ -197,6 +195,9 @@ async def database_away(_: Request, problem: Exception) -> Response:
 app = FastAPI(lifespan=lifespan, exception_handlers=dict.fromkeys(AWAY, database_away))
 app.add_middleware(EndStreams)
 prepare(app, page="long_task.html")
+
+
+TaskID = Annotated[str, Path(json_schema_extra={"format": "uuid"})]
 
 
 class NewTask(BaseModel):
@@ -234,26 +235,25 @@ async def start(
         task_id = uuid.UUID(bytes=digest[:16], version=4)
     args = new.parts, new.seconds
     if await database.ask(start_task, str(task_id), *args) != args:
-        message = "Another task was started with this key"
-        raise invalid_header("idempotency-key", idempotency_key, message)
+        raise invalid_header("idempotency-key", idempotency_key, "It has started another task")
     response.headers["Location"] = f"/tasks/{task_id}"
     return {"task_id": str(task_id)}
 
 
 @app.get("/tasks/{task_id}")
-async def show(task_id: str) -> Task:
+async def show(task_id: TaskID) -> Task:
     return await database.ask(read_task, task_id)
 
 
 @app.delete("/tasks/{task_id}", status_code=202)
-async def cancel(task_id: str) -> Task:
+async def cancel(task_id: TaskID) -> Task:
     """Let a task stop before its next part."""
     return await database.ask(cancel_task, task_id)
 
 
 @app.get("/tasks/{task_id}/events", response_class=StreamingResponse)
 async def events(
-    task_id: str, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
+    task_id: TaskID, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
 ) -> Response:
     task = await show(task_id)
     first = int(last_event_id) + 1 if last_event_id else 0

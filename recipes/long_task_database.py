@@ -49,12 +49,12 @@ class Database:
     engine: sa.Engine
     secret: str
 
-    def __init__(self, name: str, file: Path, keep: timedelta) -> None:
-        """`name` is that of the workflow and of its queue, `file` is for SQLite.
-
-        Tasks are deleted when they have been over for `keep`.
-        """
-        self.name, self.file, self.keep = name, file, keep
+    def __init__(self, name: str, keep: float) -> None:
+        """`name` is that of the workflow and its queue; `keep`: days until a task is deleted."""
+        self.name, self.keep = name, keep
+        self.file = (
+            Path(__file__).resolve().with_name(f"{name}.sqlite")
+        )  # unless DATABASE_URL is set
         self.server = str(uuid.uuid4())  # the name of this process, which no other ever has
         self.working: list[str] = []  # the tasks that this process works on
         self.idle: set[str] = set()  # those that are its own, but were not in work at the last look
@@ -253,7 +253,7 @@ class Database:
             await asyncio.sleep(LOOK)
 
     def delete_old(self) -> None:
-        before = (datetime.now(UTC) - self.keep).isoformat()
+        before = (datetime.now(UTC) - timedelta(days=self.keep)).isoformat()
         old = self.client.list_workflows(name=self.name, completed_before=before, limit=1000)
         self.client.delete_workflows([task.workflow_id for task in old])
 
@@ -291,6 +291,6 @@ def read_url(value: str) -> sa.URL:
         url = url.update_query_dict(POSTGRESQL | dict(url.query))  # the address has the last word
     elif url.drivername != "sqlite":
         raise ValueError(EXPECTED)
-    if url.database in (None, "", ":memory:"):
-        raise ValueError(EXPECTED)
+    if url.database in (None, "", ":memory:") or "@" in str(url.host):
+        raise ValueError(f"{EXPECTED}, special characters as %XX")
     return url

@@ -211,6 +211,7 @@ def test_tasks_that_there_are_not(client: httpx.Client, task_id: str) -> None:
     "url",
     [
         "postgresql://user:secret@127.0.0.1:{port}/tasks",
+        "postgresql+psycopg://user:a@secret@127.0.0.1:{port}/tasks",
         "sqlite:////nowhere/tasks.sqlite",
         "tasks",
     ],
