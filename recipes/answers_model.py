@@ -134,7 +134,7 @@ def in_its_words(status: int, said: Any) -> str:
             said = inner[0]
     except (ValueError, RecursionError, LookupError):
         pass  # plain text, or none of these names
-    return f"The upstream failed ({status}): {said}"
+    return f"The upstream failed ({status}): {said}" if said else f"The upstream failed ({status})."
 
 
 NAMES = ("error", "message", "detail", "msg")

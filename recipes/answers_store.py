@@ -289,7 +289,7 @@ class RedisAnswers(Answers):
                 answer.deleted = True
                 if answer.events:
                     answer.add(answer.end("cancelled"))
-            else:
+            elif "data" in fields and entry.startswith("0-"):  # and not what others put there
                 answer.add(Event(number, fields["type"], fields["data"]))
 
     async def follow(self) -> None:

@@ -126,7 +126,7 @@ def look(it: Setting, tokens: int) -> Result:
             result.waiting += not reader.over
         # Two events of one number would be two truths.
         result.doubled += len(everything) - len({event.id for event in everything})
-        (last,) = {event for event in everything if event.name in ENDS} or {None}
+        last = next((event for event in everything if event.name in ENDS), None)
         if last and last.name == "response.completed":
             result.completed += 1
             message = json.loads(last.data)["response"]["output"][0]
@@ -275,8 +275,8 @@ def run(fault: Fault, answers: int, readers: int, tokens: int = 500) -> Result:
         return result
 
 
-COLUMNS = ("fault", "readers", "events", "lost", "doubled", "out of order", "waiting")
-COLUMNS += ("completed", "failed", "besides")
+COLUMNS = ["fault", "readers", "events", "lost", "doubled", "out of order", "waiting"]
+COLUMNS += ["completed", "failed", "besides"]
 HEAD = f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 2)} --- |"
 
 

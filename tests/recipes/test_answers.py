@@ -253,7 +253,7 @@ def test_half_of_a_surrogate_pair_is_said_again(server: Process) -> None:
 def test_silence_is_told_with_comments(tmp_path: Path) -> None:
     with Ask(tmp_path) as ask:
         constants = {"answers.SILENCE": 0.1, "parrot.SECONDS_PER_TOKEN": 1.0}
-        server = ask.serve(**constants)
+        server = ask.serve(constants=constants)
         body = {"model": "parrot", "input": "one two", "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/responses", json=body) as answer:
             text = "".join(answer.iter_text())
@@ -267,7 +267,7 @@ def test_silence_is_told_with_comments(tmp_path: Path) -> None:
 def test_an_answer_is_forgotten_after_a_while_and_memory_is_given_back(tmp_path: Path) -> None:
     with Ask(tmp_path) as ask:
         constants = {"answers_store.KEEP": 1, "parrot.SECONDS_PER_TOKEN": 0}
-        server = ask.serve(**constants)
+        server = ask.serve(constants=constants)
         client = asked(server)
         kept = client.responses.create(model="parrot", input=words(20))
 

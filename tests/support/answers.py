@@ -47,13 +47,14 @@ class Ask(ExitStack):
         redis: int = 0,
         upstream: str = "",
         environment: dict[str, str] | None = None,
-        **constants: Any,
+        app: str = "tests.support.answers_servers:app",
+        constants: dict[str, Any] | None = None,
     ) -> Process:
         """Start a server: with the port of a Redis, the URL of an upstream, other constants."""
         port = free_port()
-        command = [sys.executable, "-m", "uvicorn", "tests.support.answers_servers:app"]
+        command = [sys.executable, "-m", "uvicorn", app]
         command += ["--port", str(port), "--log-level", "debug"]
-        settings = {**ENVIRONMENT, "CONSTANTS": json.dumps(constants), **(environment or {})}
+        settings = {**ENVIRONMENT, "CONSTANTS": json.dumps(constants or {}), **(environment or {})}
         if redis:
             settings["REDIS_URL"] = f"redis://127.0.0.1:{redis}"
         if upstream:
