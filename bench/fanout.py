@@ -1,11 +1,13 @@
 """What an event for everybody costs: recipes/feed.py beside the alternatives, in one run.
 
-Run it with `python bench/fanout.py` (ten minutes, on a machine that does nothing else), or
-with `--quick` to see in half a minute that it works. It prints the tables, and writes fanout.json
-and fanout.md. It wants Debian's nginx, libnginx-mod-nchan and redis-server.
+Run it with `python bench/fanout.py` (fifteen minutes, on a machine that does nothing else), or with
+`--quick` to see in half a minute that it works. It prints the tables, and writes fanout.json and
+fanout.md. It needs Debian's nginx, libnginx-mod-nchan and redis-server. `--python PATH` adds the
+recipe on another Python, which has recipes/requirements.txt. The feed as it was before it had
+channels is taken from git and measured too, but not with `--quick`.
 
-Each server gets one core; the load generator, which publishes and reads, gets another, together
-with Redis. The rounds are interleaved, because the speed of a machine drifts; the tables show
+Each server gets one core. The load generator, which publishes and reads, gets another, together
+with Redis. The rounds are interleaved, because the speed of a machine drifts. The tables show
 medians of the rounds.
 """
 
@@ -18,6 +20,7 @@ import importlib.metadata
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -61,22 +64,25 @@ class Candidate:
     command: tuple[str, ...]
     raw: bool = False  # the POST's body is the event's text, and not JSON
     redis: bool = False
+    path: str = "/feed"
 
-    def post(self, number: int) -> bytes:
+    def post(self, number: int, path: str = "") -> bytes:
         """The request that publishes event `number`."""
         text = TEXT.format(number=number)
         body = text if self.raw else json.dumps({"data": text})
         return (
-            "POST /feed HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+            f"POST {path or self.path} HTTP/1.1\r\nHost: bench\r\n"
+            "Content-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n{body}"
         ).encode()
 
 
+BEFORE = "6579ab4"  # the commit before the feed had channels
 OURS = uvicorn("recipes.feed:app", HERE.parent)
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 CANDIDATES = (
-    Candidate("recipes/feed.py", OURS),
-    Candidate("recipes/feed.py on Redis", OURS, redis=True),
+    Candidate("recipes/feed.py", OURS, path="/feed/goals"),
+    Candidate("recipes/feed.py on Redis", OURS, redis=True, path="/feed/goals"),
     Candidate(
         "nginx with nchan", (NGINX, "-c", "{tmp}/feed_nchan.conf", "-g", "daemon off;"), True
     ),
@@ -98,10 +104,12 @@ class Plan:
     catch_up: float  # for a server that is behind
     crowd: int  # readers of our own, at an event a second
     crowd_window: float
+    channels: int  # with a reader on each of two servers
+    channels_rate: int  # events a second, over all channels
 
 
-FULL = Plan(5, 2000, 20, 5.0, 20.0, 10_000, 30.0)
-QUICK = Plan(1, 40, 20, 0.5, 20.0, 100, 2.0)
+FULL = Plan(5, 2000, 20, 5.0, 20.0, 10_000, 30.0, 1000, 200)
+QUICK = Plan(1, 40, 20, 0.5, 20.0, 100, 2.0, 20, 20)
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -148,14 +156,15 @@ class Counters:
 class Reader(asyncio.Protocol):
     """Reads the feed."""
 
-    def __init__(self, counters: Counters) -> None:
-        self.counters = counters
+    def __init__(self, counters: Counters, path: str) -> None:
+        self.counters, self.path = counters, path
         self.seen: set[int] = set()
         self.rest = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
-        transport.write(b"GET /feed HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n")
+        head = f"GET {self.path} HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n"
+        transport.write(head.encode())
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -196,10 +205,11 @@ class Load:
         loop = asyncio.get_running_loop()
         address = "127.0.0.1", self.server.port
         gate = asyncio.Semaphore(CONNECTING)
+        make = partial(Reader, self.counters, self.candidate.path)
 
         async def connect() -> None:
             async with gate:
-                _, reader = await loop.create_connection(partial(Reader, self.counters), *address)
+                _, reader = await loop.create_connection(make, *address)
                 self.readers.append(reader)
 
         # Whatever the server imports or caches with its first reader is none of a reader's cost.
@@ -300,17 +310,96 @@ async def watch_crowd(server: Server, candidate: Candidate, plan: Plan) -> dict[
     return seen
 
 
-def measure(plan: Plan) -> dict[str, Any]:
+async def watch_channels(ports: list[int], plan: Plan) -> dict[str, Any]:
+    """Watch two servers with many channels, each with a reader on either server."""
+    loop, counters = asyncio.get_running_loop(), Counters()
+    readers: list[Reader] = []
+    publishers: list[Publisher] = []
+    for number in range(plan.channels):
+        for port in ports:
+            make = partial(Reader, counters, f"/feed/channel:{number}")
+            readers.append((await loop.create_connection(make, "127.0.0.1", port))[1])
+    await asyncio.sleep(2)
+    for port in ports:
+        publishers.append((await loop.create_connection(Publisher, "127.0.0.1", port))[1])
+    events = int(plan.channels_rate * plan.crowd_window)
+    dice, start = random.Random(1), loop.time()
+    for number in range(events):
+        await asyncio.sleep(start + number / plan.channels_rate - loop.time())
+        counters.published.append(time.perf_counter())
+        path = f"/feed/channel:{dice.randrange(plan.channels)}"
+        publishers[number % 2].transport.write(CANDIDATES[0].post(number, path))
+    limit = loop.time() + plan.catch_up
+    while counters.delivered < 2 * events and loop.time() < limit:
+        await asyncio.sleep(0.01)
+    for reader in readers:
+        reader.transport.abort()
+    for publisher in publishers:
+        publisher.transport.abort()
+    late = sorted(counters.late) or [math.nan]
+    return {
+        "due": 2 * events,
+        "delivered": counters.delivered,
+        "doubled": counters.doubled,
+        "late": [1e3 * late[int(q * (len(late) - 1))] for q in (0.5, 0.99, 1)],
+    }
+
+
+def measure_channels(plan: Plan) -> dict[str, Any]:
+    with ExitStack() as stack:
+        tmp, redis_port = stack.enter_context(tempfile.TemporaryDirectory()), free_port()
+        words = ["redis-server", "--port", str(redis_port), "--save", "", "--dir", tmp]
+        stack.enter_context(listening("redis-server", words, redis_port, LOAD_CORE))
+        environment = {**os.environ, "REDIS_URL": f"redis://127.0.0.1:{redis_port}"}
+        ports = [free_port(), free_port()]
+        servers = []
+        for port in ports:
+            words = [word.replace("{port}", str(port)) for word in OURS]
+            server = listening("recipes/feed.py", words, port, SERVER_CORE, env=environment)
+            servers.append(Server(port, stack.enter_context(server).pid))
+        cpu, began = sum(server.cpu() for server in servers), time.perf_counter()
+        seen = uvloop.run(watch_channels(ports, plan))
+        seen["share"] = sum(server.cpu() for server in servers) - cpu
+        seen["share"] /= time.perf_counter() - began
+        clients = subprocess.run(
+            ["redis-cli", "-p", str(redis_port), "client", "list"], capture_output=True, text=True
+        )
+        seen["connections"] = len(clients.stdout.strip().splitlines()) - 1  # and redis-cli's own
+    return seen
+
+
+@contextmanager
+def more_candidates(interpreter: str | None, quick: bool) -> Iterator[tuple[Candidate, ...]]:
+    """Those of the table, the recipe on another Python, and the feed as it was."""
+    more = []
+    if interpreter:
+        version = subprocess.run([interpreter, "-V"], capture_output=True, text=True, check=True)
+        name = f"recipes/feed.py on {version.stdout.strip()}"
+        more.append(Candidate(name, (interpreter, *OURS[1:]), path="/feed/goals"))
+    with tempfile.TemporaryDirectory() as tmp:
+        git = ["git", "-C", str(HERE.parent), "worktree"]
+        if not quick:
+            subprocess.run([*git, "add", "--detach", "--quiet", tmp, BEFORE], check=True)
+            name = f"the feed without channels ({BEFORE})"
+            more.append(Candidate(name, uvicorn("recipes.feed:app", Path(tmp))))
+        try:
+            yield (*CANDIDATES, *more)
+        finally:
+            if not quick:
+                subprocess.run([*git, "remove", "--force", tmp], check=True)
+
+
+def measure(plan: Plan, candidates: tuple[Candidate, ...]) -> dict[str, Any]:
     """Run it all; return what was seen in each round."""
     results: dict[str, Any] = {
         "heading": {**heading(), "others": others()},
         "plan": asdict(plan),
-        "single": {candidate.name: [] for candidate in CANDIDATES},
-        "bursts": {candidate.name: [] for candidate in CANDIDATES},
+        "single": {candidate.name: [] for candidate in candidates},
+        "bursts": {candidate.name: [] for candidate in candidates},
         "crowd": {},
     }
     for number in range(plan.rounds):
-        for candidate in CANDIDATES:
+        for candidate in candidates:
             tell(f"{plan.readers} readers, round {number + 1} of {plan.rounds}: {candidate.name}")
             with running(candidate) as server:
                 windows = uvloop.run(watch(server, candidate, plan))
@@ -320,6 +409,8 @@ def measure(plan: Plan) -> dict[str, Any]:
         tell(f"{plan.crowd} readers: {candidate.name}")
         with running(candidate) as server:
             results["crowd"][candidate.name] = [uvloop.run(watch_crowd(server, candidate, plan))]
+    tell(f"{plan.channels} channels")
+    results["channels"] = measure_channels(plan)
     return results
 
 
@@ -381,6 +472,14 @@ def render(results: dict[str, Any]) -> str:
         f"{plan['crowd']:,} readers, an event a second:",
         table(head, rows(results["crowd"])),
     ]
+    if seen := results.get("channels"):
+        parts.append(
+            f"{plan['channels']:,} channels with a reader on each of two servers on Redis, "
+            f"{plan['channels_rate']} events a second over all of them, both servers on one core: "
+            f"from publishing to delivery p50 {seen['late'][0]:.0f} ms, p99 {seen['late'][1]:.0f} "
+            f"ms. {seen['due'] - seen['delivered']} missing, {seen['doubled']} doubled, "
+            f"{seen['share']:.0%} of the core, {seen['connections']} connections to Redis."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -388,13 +487,15 @@ def main() -> None:
     """Measure, print the tables, and write them down."""
     parser = argparse.ArgumentParser(description="Measure what an event for everybody costs.")
     parser.add_argument("--quick", action="store_true", help="small numbers, which say nothing")
+    parser.add_argument("--python", help="another interpreter, to measure the recipe with too")
     arguments = parser.parse_args()
     if len(CORES) < 2:
         raise SystemExit("The benchmark needs two cores: one for the server, one for the load.")
     plan = QUICK if arguments.quick else FULL
-    allow_open_files(max(plan.readers, plan.crowd) + 200)
+    allow_open_files(max(plan.readers, plan.crowd, 2 * plan.channels) + 200)
     os.sched_setaffinity(0, [LOAD_CORE])
-    results = measure(plan)
+    with more_candidates(arguments.python, arguments.quick) as candidates:
+        results = measure(plan, candidates)
     print(render(results))
     if not arguments.quick:
         text = json.dumps(results, indent=1, ensure_ascii=False)

@@ -1,52 +1,100 @@
-// Publish a line, and show what comes.
-//
-// fetch reads the feed here. An EventSource reconnects by itself, but gives up for good when the
-// answer is no stream, such as a proxy's 502 while the server restarts. A new one cannot be told
-// where to go on (https://github.com/whatwg/html/issues/2177), so there would be a hole.
+// Read a channel and post in it. The channel is in the page's address: /?channel=goals
 
-const KEEP = 300; // lines on the page
-const SILENCE = 25_000; // ms after which a connection is taken for dead; comments come each 10 s
-const PAUSE = 1000; // ms before reconnecting, and up to as long again: not everybody in one moment
-const PATIENCE = 20_000; // ms that publishing may take
+import { Source, Wire } from "./wire.js";
 
-const [form, publish, published, connection, feed] = [
-  "write",
-  "publish",
-  "published",
-  "connection",
-  "feed",
-].map((id) => document.getElementById(id));
+const KEEP = 100; // events on the page
+const PATIENCE = 20_000; // ms that posting may take
 
-// 1. What is written ------------------------------------------------------------------------------
+const [feed, line, publish] = ["feed", "line", "publish"].map((id) => document.getElementById(id));
+const channel = new URLSearchParams(location.search).get("channel") || "goals";
+const url = `feed/${encodeURIComponent(channel)}`;
+document.getElementById("channel").value = channel;
+document.getElementById("feed-title").textContent = `Events in ${channel}, the newest first`;
+document.title = `${channel} – feed`;
 
-let publishing = false;
+// 1. What comes -----------------------------------------------------------------------------------
 
-form.addEventListener("submit", async (event) => {
+const wire = new Wire(document.getElementById("wire"));
+let state = "connecting";
+
+// The last events are there at once. When the connection breaks, the id of the last one counts.
+const source = new Source(`${url}?last=20`, {
+  wire: {
+    note: (text) => wire.note(text),
+    add(text) {
+      wire.add(text);
+      queueMicrotask(tellConnection); // when it has been parsed
+    },
+  },
+  onevent(event) {
+    feed.prepend(event.type === "gap" ? gap(event) : entry(event));
+    while (feed.childElementCount > KEEP) feed.lastElementChild.remove();
+  },
+  onstate(now, sentence) {
+    state = now;
+    tell("connection", state === "failed" ? "failed" : "open", sentence);
+    if (state === "open") tellConnection();
+  },
+});
+
+/** The server may be there while its log is not: then there is no id to go on from yet. */
+function tellConnection() {
+  if (state !== "open") return;
+  if (source.lastEventId) tell("connection", "done", "Connected.");
+  else tell("connection", "open", "Connected. Waiting for the log …");
+}
+
+function entry({ type, data, id }) {
+  const item = document.createElement("li");
+  const posted = new Date(Number.parseInt(id)); // an id begins with its milliseconds
+  const time = element("time", "", posted.toLocaleTimeString("en-GB"));
+  const text = element("span", "text", data);
+  if (type !== "message") text.prepend(element("span", "name", type), " ");
+  item.append(time, text);
+  return item;
+}
+
+function gap({ data }) {
+  return element("li", "gap", `Events may be missing here. ${JSON.parse(data).reason}`);
+}
+
+/** Text stays text, whatever markup it is. */
+function element(tag, style, words) {
+  const made = document.createElement(tag);
+  made.className = style;
+  made.textContent = words;
+  return made;
+}
+
+// 2. What is posted -------------------------------------------------------------------------------
+
+let posting = false;
+
+document.getElementById("write").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (publishing) return;
-  publishing = true;
+  if (posting) return;
+  posting = true;
   publish.ariaDisabled = "true";
-  tell(published, "open", "Publishing …");
-  const { line } = form;
+  tell("published", "open", "Posting …");
   const written = line.value;
-  const problem = await post(written);
-  if (problem) tell(published, "failed", problem);
+  const problem = await post({ data: written, event: document.getElementById("event").value || null });
+  if (problem) tell("published", "failed", problem);
   else {
-    tell(published, "done", "Published.");
+    tell("published", "done", "Posted.");
     if (line.value === written) line.value = "";
   }
-  publishing = false;
+  posting = false;
   publish.ariaDisabled = "false";
 });
 
-/** Publish a line. Return nothing, or what is to be said of it. */
-async function post(data) {
+/** Post an event. Return nothing, or what is to be said of it. */
+async function post(event) {
   let response;
   try {
-    response = await fetch("feed", {
+    response = await fetch(url, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ data }),
+      body: JSON.stringify(event),
       signal: AbortSignal.timeout(PATIENCE),
     });
   } catch (error) {
@@ -60,122 +108,9 @@ async function post(data) {
   return `Not known to be published, it may still appear: the server answered ${response.status}.`;
 }
 
-// 2. What comes -----------------------------------------------------------------------------------
-
-let place = null; // the id of the last event that came: where to go on
-let atGap = false; // the newest on the page is a gap
-
-async function follow() {
-  tell(connection, "open", "Connecting …");
-  for (;;) {
-    const reason = await read().catch((error) => error.message);
-    tell(connection, "failed", `Connection lost, reconnecting (${reason}).`);
-    await new Promise((resolve) => setTimeout(resolve, PAUSE * (1 + Math.random())));
-  }
-}
-
-/** Read after `place` until the connection ends. Return or throw the reason. */
-async function read() {
-  const silence = new AbortController();
-  let timer;
-  const awake = () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => silence.abort(), SILENCE);
-  };
-  awake();
-  try {
-    const response = await fetch("feed", {
-      cache: "no-store",
-      headers: { Accept: "text/event-stream", ...(place && { "Last-Event-ID": place }) },
-      signal: silence.signal,
-    });
-    if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
-      throw new Error(`the server answered ${response.status} and no stream`);
-    }
-    connected();
-    for await (const events of eventsOf(response.body)) {
-      awake();
-      show(events);
-      connected();
-    }
-    return "the server ended the stream";
-  } catch (error) {
-    throw silence.signal.aborted ? new Error("the server has fallen silent") : error;
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-/** Without a place in the feed there is no promise that all comes that is written from now on. */
-function connected() {
-  if (place) tell(connection, "done", "Connected.");
-}
-
-/**
- * What has come, piece by piece: of each piece the events that end in it, perhaps none.
- * https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
- */
-async function* eventsOf(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  let id = null;
-  let [type, data] = ["message", []];
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return; // an event that has not ended is none
-      // A carriage return at the end may be the first half of a line's end.
-      const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
-      rest = lines.pop();
-      const events = [];
-      for (const line of lines) {
-        // A comment begins with the colon: its field has no name.
-        const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
-        if (field === "id") id = content;
-        if (field === "event") type = content;
-        if (field === "data") data.push(content);
-        if (line !== "") continue;
-        events.push({ id, type, data: data.join("\n"), empty: data.length === 0 });
-        [type, data] = ["message", []];
-      }
-      yield events;
-    }
-  } finally {
-    reader.cancel().catch(() => {}); // it is broken already, or nobody wants the rest
-  }
-}
-
-function show(events) {
-  const entries = [];
-  for (const { id, type, data, empty } of events) {
-    place = id ?? place; // also from an event without data: such a one says where the feed begins
-    if (empty) continue;
-    const isGap = type === "gap";
-    // Whoever reconnects before anything came after a gap is told of it again.
-    if (!isGap) entries.push(entry("text", data));
-    else if (!atGap) entries.push(entry("quiet", gapOf(JSON.parse(data))));
-    atGap = isGap;
-  }
-  // All at once, and only what stays: of a thousand lines a screen reader is told the last.
-  feed.prepend(...entries.slice(-KEEP).reverse());
-  while (feed.childElementCount > KEEP) feed.lastElementChild.remove();
-}
-
-function gapOf({ reason }) {
-  return `Lines may be missing here. ${reason}`;
-}
-
-function entry(style, words) {
-  const item = document.createElement("li");
-  item.className = style;
-  item.textContent = words; // text stays text, whatever markup it is
-  return item;
-}
-
-function tell(status, state, words) {
+function tell(id, now, words) {
+  const status = document.getElementById(id);
   if (status.textContent === words) return; // a screen reader would say it again
-  status.dataset.state = state;
+  status.dataset.state = now;
   status.textContent = words;
 }
-
-follow();

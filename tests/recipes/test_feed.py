@@ -11,7 +11,8 @@ import psutil
 import pytest
 import requests
 
-from recipes.feed import KEEP, MAX_BODY
+from recipes.common import MAX_BODY
+from recipes.feed import KEEP
 from tests.support.event_sources import EventSource, EventSources, event_sources
 from tests.support.feed import numbers, publish
 from tests.support.feed_apps import APPS
@@ -26,10 +27,10 @@ def server(start: Start, tmp_path: Path) -> Process:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """One for all tests that publish nothing."""
+    """One for all tests that post nothing in `goals`. Its REDIS_URL is set, to nothing."""
     directory = tmp_path_factory.mktemp("feed")
     with starting(directory) as start:
-        yield start_recipe(start, "recipes.feed", directory)
+        yield start_recipe(start, "recipes.feed", directory, REDIS_URL="")
 
 
 @pytest.fixture
@@ -45,22 +46,58 @@ def wait_for_data(sources: list[EventSource], *texts: str) -> None:
         assert source.data == [*texts]
 
 
-def test_every_reader_gets_every_event(server: Process, readers: EventSources) -> None:
+# What comes ---------------------------------------------------------------------------------------
+
+
+def test_every_reader_gets_every_event_of_its_channel(
+    server: Process, readers: EventSources
+) -> None:
     crowd = readers.open(server.port, 20)
+    (other,) = readers.open(server.port, path="/feed/user:7_a.B-c")
     # Each kind of line break is one; what only Python takes for one is none.
     text = " ☕ one\rtwo\r\n\nthree: \x0b\u2028four\n"
     ids = publish(server, "a", text, " b")
+    publish(server, "for one user", path="/feed/user:7_a.B-c")
     wait_for_data(crowd, "a", " ☕ one\ntwo\n\nthree: \x0b\u2028four\n", " b")
+    wait_for_data([other], "for one user")
     for source in crowd:
         assert [event.id for event in source.events] == ids
         assert not source.gaps
 
 
+def test_the_largest_event(server: Process, readers: EventSources) -> None:
+    (source,) = readers.open(server.port)
+    texts = ["☕" * 10_000, "\n" * 10_000, "x"]
+    publish(server, *texts)
+    wait_for_data([source], *texts)
+
+
+def test_an_event_may_have_a_name(server: Process, readers: EventSources) -> None:
+    (source,) = readers.open(server.port)
+    for name in ("goal", "own goal", "", None):
+        body = {"data": "1 : 0", "event": name}
+        answer = requests.post(f"{server.url}/feed/goals", json=body, timeout=LIMIT)
+        assert answer.status_code == 201
+    wait_for(lambda: len(source.events) == 4, "the events")
+    assert [event.name for event in source.events] == ["goal", "own goal", "message", "message"]
+
+
 def test_headers(shared: Process) -> None:
-    with requests.get(f"{shared.url}/feed", stream=True, timeout=LIMIT) as answer:
-        assert answer.headers["content-type"] == "text/event-stream"
+    with requests.get(f"{shared.url}/feed/goals", stream=True, timeout=LIMIT) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.headers["cache-control"] == "no-cache, no-transform"
         assert answer.headers["x-accel-buffering"] == "no"
+
+
+def test_a_comment_after_a_silence(server: Process, readers: EventSources) -> None:
+    crowd = readers.open(server.port, 3)
+    wait_for(lambda: all(source.comments for source in crowd), "a comment")
+    assert not any(source.events for source in crowd)
+    publish(server, "then an event")
+    wait_for_data(crowd, "then an event")
+
+
+# Coming back --------------------------------------------------------------------------------------
 
 
 def test_whoever_comes_back_gets_what_came_meanwhile(
@@ -68,40 +105,57 @@ def test_whoever_comes_back_gets_what_came_meanwhile(
 ) -> None:
     ids = publish(server, *numbers(0, 20))
     for place, event_id in enumerate(ids):
-        (source,) = readers.open(server.port, last_event_id=event_id)
-        wait_for_data([source], *numbers(place + 1, 20))
-        assert [event.id for event in source.events] == ids[place + 1 :]
-    publish(server, "20")
-    for place, source in enumerate(readers.all):
-        wait_for_data([source], *numbers(place + 1, 21))
+        (header,) = readers.open(server.port, last_event_id=event_id)
+        (address,) = readers.open(server.port, path=f"/feed/goals?lastEventId={event_id}")
+        (last,) = readers.open(server.port, path=f"/feed/goals?last={19 - place}")
+        wait_for_data([header, address, last], *numbers(place + 1, 20))
+        assert [event.id for event in header.events] == ids[place + 1 :]
+    # What comes back has its old address still, but the header counts.
+    (both,) = readers.open(
+        server.port, path=f"/feed/goals?lastEventId={ids[3]}", last_event_id=ids[17]
+    )
+    wait_for_data([both], "18", "19")
+    assert not any(source.gaps for source in readers.all)
 
 
 def test_a_reader_that_is_cut_off_before_its_first_event(
     server: Process, readers: EventSources
 ) -> None:
     publish(server, "before")
-    (source,) = readers.open(server.port)
-    wait_for(lambda: source.last_event_id, "an id to come back with")
-    readers.close([source])
-    publish(server, "meanwhile")
-    (again,) = readers.open(server.port, last_event_id=source.last_event_id)
-    wait_for_data([again], "meanwhile")
-    assert not source.events
+    for path in ("/feed/goals", "/feed/where.nobody.posted"):
+        (source,) = readers.open(server.port, path=path)
+        wait_for(lambda: source.last_event_id, "an id to come back with")  # noqa: B023
+        readers.close([source])
+        publish(server, "meanwhile", path=path)
+        (again,) = readers.open(server.port, path=path, last_event_id=source.last_event_id)
+        wait_for_data([again], "meanwhile")
+        assert not source.events + again.gaps
 
 
-def test_the_last_1000_are_kept(server: Process, readers: EventSources) -> None:
+def test_the_last_1000_are_kept_and_a_gap_is_told_once(
+    server: Process, readers: EventSources
+) -> None:
     count = KEEP + 2
     ids = publish(server, *numbers(0, count))
     told, whole = (readers.open(server.port, last_event_id=ids[i])[0] for i in (0, 1))
     wait_for_data([told, whole], *numbers(2, count))
     assert not whole.gaps
-    # It comes first, and has no id of its own.
-    assert told.events[0].name == "gap"
-    assert told.events[0].id == ids[0]
-    assert json.loads(told.events[0].data) == {
-        "reason": f"What came after {ids[0]} is no longer kept."
-    }
+    assert told.events[0].name == "gap"  # it comes first
+    assert json.loads(told.gaps[0])["reason"]
     assert len(told.gaps) == 1
+    # Who is cut off right after it goes on with its id, and is not told again.
+    (again,) = readers.open(server.port, last_event_id=told.events[0].id)
+    wait_for_data([again], *numbers(2, count))
+    assert not again.gaps
+
+
+@pytest.mark.parametrize("event_id", ["0-0", "0000001-00001", "9" * 20 + "-" + "9" * 20])
+def test_an_id_that_nobody_knows(server: Process, readers: EventSources, event_id: str) -> None:
+    """Of another log, or of the future: where there is no other server, nobody can have made it."""
+    publish(server, "kept")
+    (source,) = readers.open(server.port, last_event_id=event_id)
+    wait_for_data([source], "kept")
+    assert [event.name for event in source.events] == ["gap", "message"]
 
 
 def test_a_server_that_was_restarted_has_a_new_log(server: Process, readers: EventSources) -> None:
@@ -115,42 +169,45 @@ def test_a_server_that_was_restarted_has_a_new_log(server: Process, readers: Eve
     assert all([event.name for event in s.events] == ["message", "gap", "message"] for s in crowd)
 
 
-@pytest.mark.parametrize("event_id", ["0-0", "1-1", "0000001-00001", "9" * 20 + "-" + "9" * 20])
-def test_an_id_that_is_not_of_this_log(
-    server: Process, readers: EventSources, event_id: str
-) -> None:
-    publish(server, "kept")
-    (source,) = readers.open(server.port, last_event_id=event_id)
-    # One that is ahead may be another server's, so it is no gap yet. It is when there is more.
-    publish(server, "new")
-    wait_for_data([source], "kept", "new")
-    assert len(source.gaps) == 1
-    assert source.events[0].name == "gap"
+# Bad input ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("header", [True, False])
 @pytest.mark.parametrize(
     "event_id", ["x", "1", "-", "1-", "-1", "1-1-1", "+1-1", "1-1 x", "9" * 21 + "-1", "٣-٣"]
 )
-def test_an_id_that_is_none(shared: Process, event_id: str) -> None:
-    headers = {"Last-Event-ID": event_id.encode()}
-    answer = requests.get(f"{shared.url}/feed", headers=headers, timeout=LIMIT)
+def test_an_id_that_is_none(shared: Process, event_id: str, header: bool) -> None:
+    headers = {"Last-Event-ID": event_id.encode()} if header else {}
+    query = {} if header else {"lastEventId": event_id}
+    answer = requests.get(f"{shared.url}/feed/goals", headers=headers, params=query, timeout=LIMIT)
     assert answer.status_code == 422
-    assert answer.json()["detail"][0]["loc"] == ["header", "last-event-id"]
+    where = ["header", "last-event-id"] if header else ["query", "lastEventId"]
+    assert answer.json()["detail"][0]["loc"] == where
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "a,b", "a%00", "x" * 101, "a\n"])
+def test_a_name_that_no_channel_has(shared: Process, name: str) -> None:
+    for method in ("GET", "POST"):
+        answer = requests.request(
+            method, f"{shared.url}/feed/{name}", json={"data": "x"}, timeout=LIMIT
+        )
+        assert answer.status_code == 422
+        assert answer.json()["detail"][0]["loc"] == ["path", "channel"]
 
 
 BAD = [
     *("", "{", "[]", "null", "{}", '{"data": null}', '{"data": 5}', '{"data": NaN}'),
-    *('{"data": 1e400}', '{"data": "\\ud800"}', '{"data": ""}', "[" * 60_000, '"\\ud800"'),
-    json.dumps({"data": "x" * 10_001}),
+    *('{"data": 1e400}', '{"data": "\\ud800"}', '{"data": "\\udcff"}', '{"data": ""}', "\\ud800"),
+    *('{"data": "x", "event": "a\\nb"}', '{"data": "x", "event": "\\u0000"}'),
+    *(json.dumps({"data": "x", "event": "x" * 101}), json.dumps({"data": "x" * 10_001})),
 ]
 
 
-@pytest.mark.parametrize(
-    "body", [*map(str.encode, BAD), b"\xff", '{"data": "☕"}'.encode("utf-16")], ids=str
-)
-def test_bad_input(shared: Process, body: bytes) -> None:
+@pytest.mark.parametrize("body", BAD)
+def test_bad_input(shared: Process, body: str) -> None:
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"{shared.url}/feed", data=body, headers=headers, timeout=LIMIT)
+    url = f"{shared.url}/feed/goals"
+    answer = requests.post(url, data=body.encode(), headers=headers, timeout=LIMIT)
     assert answer.status_code == 422, answer.text
     (detail,) = answer.json()["detail"]
     assert detail["loc"][0] == "body"
@@ -159,27 +216,23 @@ def test_bad_input(shared: Process, body: bytes) -> None:
 
 def test_a_page_from_elsewhere_cannot_publish(shared: Process) -> None:
     """Without asking first it can send JSON only as another type: that is what CORS allows."""
-    answer = requests.post(
-        f"{shared.url}/feed",
-        data=b'{"data": "x"}',
-        headers={"Content-Type": "text/plain"},
-        timeout=LIMIT,
-    )
-    assert answer.status_code == 422
-    assert answer.json()["detail"][0]["loc"] == ["header", "content-type"]
-
-
-def test_the_largest_event(server: Process, readers: EventSources) -> None:
-    (source,) = readers.open(server.port)
-    texts = ["☕" * 10_000, "\n" * 10_000, "x"]
-    publish(server, *texts)
-    wait_for_data([source], *texts)
+    for media_type, status in {
+        "text/plain": 422,
+        "Application/Json; charset=utf-8": 201,
+    }.items():
+        answer = requests.post(
+            f"{shared.url}/feed/elsewhere",
+            data=b'{"data": "x"}',
+            headers={"Content-Type": media_type},
+            timeout=LIMIT,
+        )
+        assert answer.status_code == status
 
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_large_body_is_refused_before_it_is_read(shared: Process, chunked: bool) -> None:
     with socket.create_connection(("127.0.0.1", shared.port), LIMIT) as connection:
-        head = "POST /feed HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        head = "POST /feed/goals HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
         how = "Transfer-Encoding: chunked" if chunked else "Content-Length: 1000000000000"
         connection.sendall(f"{head}{how}\r\n\r\n".encode())
         part = b" " * (MAX_BODY // 4)
@@ -188,12 +241,7 @@ def test_a_large_body_is_refused_before_it_is_read(shared: Process, chunked: boo
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_comment_after_a_silence(server: Process, readers: EventSources) -> None:
-    crowd = readers.open(server.port, 3)
-    wait_for(lambda: all(source.comments for source in crowd), "a comment")
-    assert not any(source.events for source in crowd)
-    publish(server, "then an event")
-    wait_for_data(crowd, "then an event")
+# Readers are slow, leave, fail; channels come and go ----------------------------------------------
 
 
 def test_a_reader_that_does_not_read(server: Process, readers: EventSources) -> None:
@@ -234,28 +282,53 @@ def test_whoever_leaves_is_forgotten(server: Process, readers: EventSources) -> 
         return int(process.memory_info().rss)
 
     memory = many_come_and_go()
-    assert many_come_and_go() < memory + 3e6  # 1,000 readers that stay are 14 MB
+    assert many_come_and_go() < memory + 4e6  # 1,000 readers that stay are 28 MB
     assert len(stays.data) == 10
 
 
-def test_a_server_that_is_stopped(server: Process, readers: EventSources) -> None:
-    crowd = readers.open(server.port, 20)
-    publish(server, "x")
-    wait_for_data(crowd, "x")
-    server.signal(signal.SIGTERM)
-    assert server.wait() == -signal.SIGTERM
-    wait_for(lambda: all(s.connection and s.connection.complete for s in crowd), "the end")
-    assert not any(source.cut for source in crowd)
-    assert "Exception" not in server.log
-    assert "destroyed" not in server.log
+def test_a_channel_is_forgotten(start: Start, readers: EventSources) -> None:
+    server = start_app(start, "tests.support.feed_apps:impatient", "--factory")
+    (stays,) = readers.open(server.port, path="/feed/read")
+    old = publish(server, "old", path="/feed/read") + publish(server, "old", path="/feed/unread")
+    memory = 0
+    for round_ in range(3):
+        for number in range(2000):
+            publish(server, "x" * 1000, path=f"/feed/{round_}.{number}")
+        memory = memory or psutil.Process(server.pid).memory_info().rss
+    # 4,000 channels that stay are 8 MB.
+    assert psutil.Process(server.pid).memory_info().rss < memory + 4e6
+    # One that has a reader is kept. The ids of the other are a gap.
+    back = [
+        readers.open(server.port, path=f"/feed/{name}", last_event_id=event_id)[0]
+        for name, event_id in zip(("read", "unread"), old, strict=True)
+    ]
+    for source, name in zip((stays, *back), ("read", "read", "unread"), strict=True):
+        publish(server, name, path=f"/feed/{name}")
+        wait_for(lambda: name in source.data, "the event")  # noqa: B023
+    assert [len(source.gaps) for source in (stays, *back)] == [0, 0, 1]
 
 
-def test_a_server_that_is_stopped_while_a_reader_does_not_read(
-    start: Start, readers: EventSources
-) -> None:
+def test_a_reader_that_fails_is_cut_off_alone(start: Start, readers: EventSources) -> None:
+    server = start_app(start, "tests.support.feed_apps:limits", "--factory")
+    publish(server, "first")
+    crowd = readers.open(server.port, 5)
+    (bad,) = readers.open(server.port, path="/feed/goals?last=1")
+    texts = numbers(0, 12)
+    for number, text in enumerate(texts):
+        publish(server, text)
+        wait_for_data(crowd, *texts[: number + 1])
+    wait_for(lambda: bad.opened > 1, "the bad one to come back")
+    assert all(source.opened == 1 for source in crowd)
+    assert "the middleware failed" in server.log
+
+
+# Stopping, and other people's middlewares ---------------------------------------------------------
+
+
+def test_a_server_that_is_stopped(start: Start, readers: EventSources) -> None:
     command = (sys.executable, "-m", "uvicorn", "recipes.feed:app", "--port", "{port}")
     server = start(*command, "--timeout-graceful-shutdown", "1")
-    slow, *others = readers.open(server.port, 4)
+    slow, *others = readers.open(server.port, 20)
     readers.pause(slow)
     texts = numbers(0, 1000, size=9000)
     publish(server, *texts)
@@ -264,13 +337,14 @@ def test_a_server_that_is_stopped_while_a_reader_does_not_read(
     server.wait()
     wait_for(lambda: all(s.connection and s.connection.complete for s in others), "the end")
     assert not any(source.cut for source in others)
+    assert "destroyed" not in server.log
 
 
 @pytest.mark.parametrize("name", APPS)
 def test_an_ordinary_response(name: str, start: Start, readers: EventSources) -> None:
     """Whatever middleware there is, and wherever it is mounted: live, whole, in order."""
     server = start_app(start, f"tests.support.feed_apps:{name}", "--factory")
-    path = f"{APPS[name]}/feed"
+    path = f"{APPS[name]}/feed/goals"
     with requests.get(
         server.url + path, headers={"Origin": "http://x"}, stream=True, timeout=LIMIT
     ) as answer:
@@ -289,16 +363,3 @@ def test_an_ordinary_response(name: str, start: Start, readers: EventSources) ->
     if name != "router":  # without EndStreams
         server.wait()
     assert "Exception" not in server.log
-
-
-def test_a_middleware_that_fails_cuts_off_its_reader_alone(
-    start: Start, readers: EventSources
-) -> None:
-    server = start_app(start, "tests.support.feed_apps:limits", "--factory", RAISE_AT="5")
-    crowd = readers.open(server.port, 5)
-    texts = numbers(0, 12)
-    for number, text in enumerate(texts):
-        publish(server, text)
-        wait_for_data(crowd, *texts[: number + 1])
-    assert all(source.opened > 2 and source.cut > 1 for source in crowd)
-    assert "the middleware failed" in server.log

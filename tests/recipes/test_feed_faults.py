@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.recipes import feed_faults
+from tests.faults import feed as feed_faults
 from tests.support.processes import ROOT, need
 
 FAULTS = {fault.name: fault for fault in feed_faults.FAULTS}
@@ -15,6 +15,7 @@ FAULTS = {fault.name: fault for fault in feed_faults.FAULTS}
     [
         "`kill -9` of a server",
         "rolling restart behind nginx",
+        "the same, and its clock is behind",
         "500 POSTs, 100 side by side",
         "readers leave, come back and read slowly",
     ],
@@ -29,8 +30,8 @@ def test_a_fault(name: str) -> None:
         assert 0 < int(connections[1]) <= 6
 
 
-def test_the_table_is_of_what_feed_faults_py_does() -> None:
-    section = (ROOT / "recipes/README.md").read_text().partition("<!-- feed faults -->\n")[2]
+def test_the_table_is_of_what_the_program_does() -> None:
+    section = (ROOT / "tests/README.md").read_text().partition("<!-- feed faults -->\n")[2]
     names, line, *rows = section.partition("\n\n")[0].splitlines()
     assert f"{names}\n{line}" == feed_faults.HEAD
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]

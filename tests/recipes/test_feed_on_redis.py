@@ -1,20 +1,35 @@
 """recipes/feed.py on Redis: two servers, one log; Redis, or the way to it, breaks in every way."""
 
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import requests
 
-from recipes.feed import KEEP, RedisLog
+from recipes.feed import KEEP
 from tests.support.event_sources import EventSource, EventSources, event_sources
 from tests.support.feed import numbers, publish
-from tests.support.processes import LIMIT, Process, Start, wait_for
+from tests.support.processes import (
+    ENVIRONMENT,
+    LIMIT,
+    ROOT,
+    Process,
+    Start,
+    free_port,
+    need,
+    wait_for,
+)
 from tests.support.recipes import start_recipe
 from tests.support.redis_server import BadLine, RedisServer, running_redis
+
+KEY = "feed:goals"
 
 
 @pytest.fixture
@@ -38,8 +53,13 @@ def wait_for_data(sources: Iterable[EventSource], count: int) -> None:
     wait_for(lambda: all(len(source.data) >= count for source in sources), f"{count} events")
 
 
+def data_in(redis: RedisServer) -> list[str]:
+    entries = redis.client.xrange(KEY)
+    return [fields["data"] for _, fields in entries if "data" in fields]
+
+
 def post(server: Process, text: str) -> requests.Response:
-    return requests.post(f"{server.url}/feed", json={"data": text}, timeout=LIMIT)
+    return requests.post(f"{server.url}/feed/goals", json={"data": text}, timeout=LIMIT)
 
 
 def test_two_servers_have_one_log(
@@ -59,7 +79,7 @@ def test_two_servers_have_one_log(
         assert [event.id for event in source.events] == ids[10:]
 
 
-def test_two_connections_for_each_server(
+def test_three_connections_for_each_server(
     start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
 ) -> None:
     server = serve(start, tmp_path, redis.port)
@@ -67,11 +87,11 @@ def test_two_connections_for_each_server(
     with ThreadPoolExecutor(100) as pool:
         posts = [pool.submit(post, server, str(number)) for number in range(100)]
         while not all(p.done() for p in posts):
-            assert redis.connections() <= 2
+            assert redis.connections() <= 3
             time.sleep(0.01)
     assert {p.result().status_code for p in posts} == {201}
     wait_for_data(crowd, 100)
-    assert redis.connections() == 2
+    assert redis.connections() == 3
     for source in crowd:
         assert source.data == crowd[0].data
         assert sorted(source.data) == sorted(numbers(0, 100))
@@ -92,7 +112,7 @@ def test_redis_is_killed_and_started_again(
             "detail": "The log is away: not known to be published, it may still appear."
         }
         assert answer.headers["retry-after"] == "1"
-        server.wait_for_log("Redis is away, the readers wait for it: .")
+        server.wait_for_log("ERROR: .*feed: Redis: ConnectionError: Error 111 connecting")
     redis.start()
     # Each has a connection that broke while nobody used it.
     publish(servers[0], "10")
@@ -114,12 +134,10 @@ def test_redis_is_stalled(
     with ThreadPoolExecutor(20) as pool:
         answers = [*pool.map(lambda number: post(server, f"stalled {number}"), range(20))]
     assert {answer.status_code for answer in answers} == {503}  # and not a word from Redis yet
-    server.wait_for_log("Redis is away")
     redis.signal(signal.SIGCONT)
-    server.wait_for_log("Redis is back")
     publish(server, "after")
     wait_for(lambda: all("after" in source.data for source in crowd), "the last event")
-    published = [fields["data"] for _, fields in redis.client.xrange(RedisLog.KEY)]
+    published = data_in(redis)
     for source in crowd:
         assert source.data == published
         assert source.opened == 1
@@ -151,7 +169,7 @@ def test_nothing_is_put_in_twice(start: Start, tmp_path: Path, redis: RedisServe
     line.cut_answer_to = b"XADD"
     assert post(server, "2").status_code == 503
     publish(server, "3")
-    published = [fields["data"] for _, fields in redis.client.xrange(RedisLog.KEY)]
+    published = data_in(redis)
     assert published == ["1", "2", "3"]
 
 
@@ -173,9 +191,9 @@ def test_what_redis_trimmed_meanwhile(
     line.break_off()
     publish(other, *numbers(0, published))
     if left < KEEP:
-        redis.client.xtrim(RedisLog.KEY, maxlen=left, approximate=False)
+        redis.client.xtrim(KEY, maxlen=left, approximate=False)
     line.mend()
-    cut_off.wait_for_log("Redis is back")
+    wait_for(lambda: all(len(s.data) == 2 + left or s.gaps for s in crowd), "what was missed")
     publish(cut_off, "z")
     wait_for(lambda: all("z" in source.data for source in crowd), "the last event")
     for source in crowd:
@@ -218,7 +236,7 @@ def test_a_server_that_starts_before_redis(
     server = serve(start, tmp_path, redis.port)
     (new,) = readers.open(server.port)
     (back,) = readers.open(server.port, last_event_id=ids[0])
-    server.wait_for_log("Redis is away")
+    server.wait_for_log("feed: Redis: ConnectionError")
     redis.start()
     wait_for(lambda: new.last_event_id, "the log")
     publish(first, "3")
@@ -233,35 +251,218 @@ def test_an_id_that_redis_has_lost(
 ) -> None:
     """A server that has just started cannot know what else was lost."""
     for event_id in ("1-0", "2-0", "4-0"):
-        redis.client.xadd(RedisLog.KEY, {"data": event_id}, id=event_id)
+        redis.client.xadd(KEY, {"data": event_id}, id=event_id)
     server = serve(start, tmp_path, redis.port)
-    asked = [readers.open(server.port, last_event_id=f"{n}-0")[0] for n in range(1, 5)]
+    ids = ("1-0", "2-0", "3-0", "4-0", "9999999999999-0")
+    asked = [readers.open(server.port, last_event_id=event_id)[0] for event_id in ids]
     publish(server, "new")
     wait_for(lambda: all("new" in source.data for source in asked), "the last event")
-    assert [source.data[:-1] for source in asked] == [["2-0", "4-0"], ["4-0"], ["4-0"], []]
-    assert [len(source.gaps) for source in asked] == [0, 0, 1, 0]
+    everything = ["1-0", "2-0", "4-0"]
+    assert [source.data[:-1] for source in asked] == [
+        *(["2-0", "4-0"], ["4-0"], everything, [], everything)
+    ]
+    assert [len(source.gaps) for source in asked] == [0, 0, 1, 0, 1]
+    # The gap is told once, and its id is good on every server.
+    gap = next(event for event in asked[2].events if event.name == "gap")
+    (again,) = readers.open(serve(start, tmp_path, redis.port).port, last_event_id=gap.id)
+    wait_for_data([again], 4)
+    assert not again.gaps
+
+
+@pytest.mark.parametrize("clock", ["as it is", "behind"])
+def test_redis_comes_back_without_its_data(
+    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources, clock: str
+) -> None:
+    """Each reader is told, once, and gets what is posted from then on."""
+    if clock == "behind":  # a Redis whose clock was ahead made the ids that were lost
+        redis.client.xadd(KEY, {"data": "old"}, id=f"{10**4 * int(time.time())}-0")
+    else:
+        redis.client.xadd(KEY, {"data": "old"})
+    servers = [serve(start, tmp_path, redis.port) for _ in range(2)]
+    crowd = [source for server in servers for source in readers.open(server.port, 5)]
+    redis.client.flushall()
+    (late,) = readers.open(servers[0].port, last_event_id=crowd[0].last_event_id)
+    crowd.append(late)
+    for number in range(5):
+        publish(servers[number % 2], str(number))
+    wait_for(lambda: all(source.data[-1:] == ["4"] for source in crowd), "the last event")
+    for source in crowd:
+        assert source.data == numbers(5 - len(source.data), 5)
+        assert source.events[0].name == "gap"
+        assert len(source.gaps) == 1
+        assert source.opened == 1
+
+
+def test_failover_behind_one_address(
+    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+) -> None:
+    """The old primary is a replica now, and keeps the connections that it has."""
+    line = BadLine(redis.port)
+    with running_redis(tmp_path) as other:
+        other.client.replicaof("127.0.0.1", redis.port)
+        wait_for(lambda: other.client.info()["master_link_status"] == "up", "the replica")
+        server = serve(start, tmp_path, line.port)
+        crowd = readers.open(server.port, 5)
+        publish(server, "before")
+        wait_for_data(crowd, 1)
+        wait_for(lambda: other.client.xlen(KEY) == redis.client.xlen(KEY), "the replica")
+        other.client.replicaof("NO", "ONE")
+        line.to = other.port
+        redis.client.replicaof("127.0.0.1", other.port)
+        wait_for(lambda: post(server, "again").status_code == 201, "an event to be taken")
+        publish(server, "after")
+        wait_for(lambda: all("after" in source.data for source in crowd), "the last event")
+        for source in crowd:
+            assert source.data == ["before", "again", "after"]
+            assert not source.gaps
+            assert source.opened == 1
+        wait_for(lambda: len(other.client.client_list(_type="pubsub")) == 1, "the bell to move")
+
+
+def forbid_writing(redis: RedisServer) -> None:
+    redis.client.config_set("min-replicas-to-write", 1)
+
+
+def fill(redis: RedisServer) -> None:
+    redis.client.config_set("maxmemory", 1)
+
+
+@pytest.mark.parametrize("spoil", [forbid_writing, fill])
+def test_redis_that_takes_nothing(
+    start: Start,
+    tmp_path: Path,
+    redis: RedisServer,
+    readers: EventSources,
+    spoil: Callable[[RedisServer], Any],
+) -> None:
+    server = serve(start, tmp_path, redis.port)
+    crowd = readers.open(server.port, 3)
+    publish(server, "before")
+    spoil(redis)
+    for _ in range(3):
+        assert post(server, "lost").status_code == 503
+    (new,) = readers.open(server.port)
+    redis.client.config_set("min-replicas-to-write", 0)
+    redis.client.config_set("maxmemory", 0)
+    wait_for(lambda: new.last_event_id, "a place for the new reader")
+    publish(server, "after")
+    wait_for_data([*crowd, new], 1)
+    wait_for_data(crowd, 2)
+    assert all(source.data == ["before", "after"] and source.opened == 1 for source in crowd)
 
 
 def test_what_others_put_into_the_stream(
     start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
 ) -> None:
+    """Nobody rings the bell for it, so it takes some seconds."""
     server = serve(start, tmp_path, redis.port)
     (source,) = readers.open(server.port)
-    for fields in ({"data": b"\xff\r\nid: 5"}, {"other": "field"}, {"data": "fine", "more": "x"}):
-        redis.client.xadd(RedisLog.KEY, fields)
+    for fields in (
+        {"data": b"\xff\r\nid: 5", "event": "a\r\nid: 6"},
+        {"other": "field"},
+        {"data": "fine", "more": "x"},
+    ):
+        redis.client.xadd(KEY, fields)
     wait_for(lambda: "fine" in source.data, "the last event")
-    assert source.data == ["\ufffd\nid: 5", "", "fine"]
+    assert [(event.data, event.name) for event in source.events] == [
+        *(("\ufffd\nid: 5", "a  id: 6"), ("fine", "message"))
+    ]
 
 
-def test_redis_has_something_else_there(
+def test_something_else_in_the_place_of_one_channel(
     start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
 ) -> None:
-    redis.client.set(RedisLog.KEY, "text")
+    redis.client.set(KEY, "text")
     server = serve(start, tmp_path, redis.port)
     (source,) = readers.open(server.port)
-    server.wait_for_log("Redis is away, the readers wait for it: .*WRONGTYPE")
+    (other,) = readers.open(server.port, path="/feed/other")
+    server.wait_for_log("feed: cannot read channel goals: .*WRONGTYPE")
     assert post(server, "x").status_code == 503
-    redis.client.delete(RedisLog.KEY)
+    publish(server, "y", path="/feed/other")
+    wait_for_data([other], 1)
+    redis.client.delete(KEY)
     wait_for(lambda: source.last_event_id, "the log")
-    publish(server, "y")
-    wait_for(lambda: source.data, "an event")
+    publish(server, "z")
+    wait_for_data([source], 1)
+    assert not source.gaps + other.gaps
+
+
+def test_a_channel_is_kept_while_it_is_read_and_forgotten_an_hour_later(
+    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+) -> None:
+    server = serve(start, tmp_path, redis.port)
+    (reader,) = readers.open(server.port)
+    (id_before,) = publish(server, "posted only", path="/feed/unread")
+    for key in (KEY, "feed:unread"):
+        assert 3500 < redis.client.ttl(key) <= 3600
+        redis.client.expire(key, 10)
+    wait_for(lambda: redis.client.ttl(KEY) > 3500, "the read one to be kept")
+    assert redis.client.ttl("feed:unread") <= 10
+    redis.client.delete("feed:unread")
+    (back,) = readers.open(server.port, path="/feed/unread", last_event_id=id_before)
+    wait_for(lambda: back.gaps, "the gap")
+    # A place in a channel in which nobody has posted is as good as any other.
+    (again,) = readers.open(server.port, last_event_id=reader.last_event_id)
+    publish(server, "x")
+    wait_for_data([again, reader], 1)
+    assert not again.gaps
+
+
+def test_channels_that_come_and_go(
+    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+) -> None:
+    server = serve(start, tmp_path, redis.port)
+
+    def come_and_go(first: int) -> int:
+        for number in range(first, first + 600, 100):
+            crowd = [
+                readers.open(server.port, path=f"/feed/{n}")[0] for n in range(number, number + 100)
+            ]
+            readers.close(crowd)
+            readers.all.clear()
+        return int(psutil.Process(server.pid).memory_info().rss)
+
+    come_and_go(0)
+    memory = come_and_go(1000)
+    assert come_and_go(2000) < memory + 2e6
+    assert redis.connections() <= 3
+
+
+def test_an_address_with_a_password(start: Start, tmp_path: Path, readers: EventSources) -> None:
+    """TLS with a password, and Sentinel. Nothing of the password is in the log, whatever fails."""
+    password = "s3cret/%40"
+    options = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    alternative = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    openssl = [need("openssl", "openssl"), *options, *alternative, "-keyout", str(key)]
+    subprocess.run([*openssl, "-out", str(cert)], check=True, capture_output=True)
+    tls_port, sentinel_port = free_port(), free_port()
+    tls = ["--tls-port", str(tls_port), "--tls-cert-file", str(cert), "--tls-key-file", str(key)]
+    tls += ["--tls-auth-clients", "no", "--requirepass", "s3cret/@"]
+    with running_redis(tmp_path, *tls, password="s3cret/@") as redis:
+        config = tmp_path / "sentinel.conf"
+        config.write_text(
+            f"port {sentinel_port}\nsentinel monitor goals-db 127.0.0.1 {redis.port} 1\n"
+            "sentinel auth-pass goals-db s3cret/@\n"
+        )
+        start(need("redis-server", "redis-server"), str(config), "--sentinel", port=sentinel_port)
+        quoted = password.replace("/", "%2F")
+        addresses = {
+            "tls": f"rediss://:{quoted}@127.0.0.1:{tls_port}?ssl_ca_certs={cert}",
+            "sentinel": f"redis+sentinel://:{quoted}@127.0.0.1:{sentinel_port}/goals-db",
+        }
+        for address in addresses.values():
+            server = start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=address)
+            (source,) = readers.open(server.port)
+            publish(server, "x")
+            wait_for_data([source], 1)
+            wrong = address.replace("s3cret", "s3cret-wrong")
+            bad = start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=wrong)
+            assert post(bad, "x").status_code == 503
+            assert "s3cret" not in server.log + bad.log
+    for wrong in ("localhost:6379", f"redis://:{password}@localhost:6379"):
+        environment = {**ENVIRONMENT, "REDIS_URL": wrong}
+        command = [sys.executable, "-m", "uvicorn", "recipes.feed:app"]
+        ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert ended.stderr.strip() == ("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.")
+        assert ended.returncode

@@ -32,7 +32,7 @@ class EventSource:
     """Reads one stream, for ever: when a connection ends, it comes back after its last event."""
 
     def __init__(
-        self, port: int, path: str = "/feed", last_event_id: str = "", receive_buffer: int = 0
+        self, port: int, path: str = "/feed/goals", last_event_id: str = "", receive_buffer: int = 0
     ) -> None:
         self.port, self.path, self.receive_buffer = port, path, receive_buffer
         self.last_event_id = last_event_id

@@ -19,7 +19,7 @@ def post(text: str, path: str) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def publish(server: Process, *texts: str, path: str = "/feed") -> list[str]:
+def publish(server: Process, *texts: str, path: str = "/feed/goals") -> list[str]:
     """Publish events, one after the other on one connection; return their ids."""
     requests = b"".join(post(text, path) for text in texts)
     with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:

@@ -5,7 +5,6 @@ Each process calls one function, so each may change `recipes.feed.app`.
 
 import asyncio
 import contextvars
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from recipes import feed
 from recipes.feed import app
 
 
@@ -58,7 +58,7 @@ reader: contextvars.ContextVar[int] = contextvars.ContextVar("reader")
 class Limits:
     """Gives each `send` a time limit, and looks whether it is called where its reader is.
 
-    `RAISE_AT` in the environment is the number of the message at which it raises instead.
+    The second message to a reader whose address has `?last=1` raises instead.
     """
 
     def __init__(self, inner: ASGIApp) -> None:
@@ -73,7 +73,7 @@ class Limits:
             sent += 1
             assert asyncio.current_task()
             assert reader.get() == id(scope)
-            if scope["path"] == "/feed" and sent == int(os.environ.get("RAISE_AT", -1)):
+            if sent == 2 and scope.get("query_string") == b"last=1":
                 raise RuntimeError("the middleware failed")
             async with asyncio.timeout(30):
                 await send(message)
@@ -83,6 +83,12 @@ class Limits:
 
 def limits() -> ASGIApp:
     app.add_middleware(Limits)
+    return app
+
+
+def impatient() -> ASGIApp:
+    """A channel is forgotten after a tenth of a second."""
+    feed.FORGET = 0.1  # type: ignore[assignment]
     return app
 
 

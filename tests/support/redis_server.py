@@ -21,8 +21,9 @@ class RedisServer(Process):
     Without `appendfsync always` it would put off writing while the disk is busy, for seconds.
     """
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, password: str | None = None) -> None:
         port = free_port()
+        self.password = password
         command = [need("redis-server", "redis-server"), "--bind", "127.0.0.1"]
         command += ["--port", str(port), "--dir", str(directory), "--save", ""]
         super().__init__(
@@ -37,7 +38,7 @@ class RedisServer(Process):
 
     @cached_property
     def client(self) -> Any:
-        return redis.Redis(port=self.port, decode_responses=True)
+        return redis.Redis(port=self.port, password=self.password, decode_responses=True)
 
     def wait_until_listening(self) -> None:
         """Wait until it answers: it listens before that, while it reads what it wrote down."""
@@ -134,8 +135,10 @@ class BadLine:
 
 
 @contextmanager
-def running_redis(directory: Path, *options: str) -> Iterator[RedisServer]:
-    server = RedisServer(directory, *options)
+def running_redis(
+    directory: Path, *options: str, password: str | None = None
+) -> Iterator[RedisServer]:
+    server = RedisServer(directory, *options, password=password)
     try:
         yield server
     finally:

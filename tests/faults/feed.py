@@ -1,16 +1,17 @@
-"""Make the table of faults of recipes/feed.py: what gets lost, comes twice, or in another order.
+"""The faults of recipes/feed.py: what gets lost, comes twice, or in another order.
 
-Run `python -m tests.recipes.feed_faults`: five minutes. It prints a Markdown table.
+Run `python -m tests.faults.feed`: seven minutes. It prints a Markdown table.
 
-Numbered events are published all the time, at both servers in turn. Readers do as an EventSource
-does. Lost is an event whose POST was answered with 201, and that a reader neither got nor was told
-of. An event whose POST failed may be there, but not twice.
+Numbered events are posted all the time, in three channels and at both servers in turn. Readers do
+as an EventSource does. Lost is an event whose POST was answered with 201, and that a reader neither
+got nor was told of. An event whose POST failed may be there, but not twice.
 """
 
 import argparse
 import gc
 import itertools
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -34,7 +35,8 @@ from tests.support.proxies import command, deployed
 from tests.support.raw_reader import many_descriptors
 from tests.support.redis_server import BadLine, RedisServer, running_redis
 
-SETTLE = 1.0  # seconds of publishing before and after a fault
+SETTLE = 1.0  # seconds of posting before and after a fault
+CHANNELS = ("scores", "user:7", "price.A")
 
 
 # The servers, who publishes, and what the readers got ---------------------------------------------
@@ -45,27 +47,27 @@ class Setting:
     """Servers on one Redis, or one in memory; who reads, and who publishes."""
 
     folder: Path
+    stack: ExitStack
     servers: list[Process]
     sources: EventSources
     redis: RedisServer | None = None
     lines: list[BadLine] = field(default_factory=list)  # of each server to Redis
     ports: list[int] = field(default_factory=list)  # where the readers and the publisher go
     crowd: list[EventSource] = field(default_factory=list)
-    first: list[str] = field(default_factory=list)  # the id after which each of them reads
-    publisher: "Publisher | None" = None
 
     def read(self, readers: int, **options: int) -> None:
-        """Let so many read, and publish numbers from now on."""
-        each = readers // len(self.ports)
-        for port in self.ports:
-            self.crowd += self.sources.open(port, each, **options)
+        """Let so many read, each one of the channels."""
+        each = max(1, readers // len(self.ports) // len(CHANNELS))
+        for port, channel in itertools.product(self.ports, CHANNELS):
+            self.crowd += self.sources.open(port, each, path=f"/feed/{channel}", **options)
         wait_for(lambda: all(source.last_event_id for source in self.crowd), "the log")
-        self.first += [source.last_event_id for source in self.crowd[len(self.first) :]]
 
 
 def serve(folder: Path, redis_port: int = 0) -> Process:
     port = free_port()
-    words = [sys.executable, "-m", "uvicorn", "recipes.feed:app", "--no-access-log"]
+    # With a middleware that fails for readers whose address has `?last=1`.
+    words = [sys.executable, "-m", "uvicorn", "tests.support.feed_apps:limits", "--factory"]
+    words.append("--no-access-log")
     environment = dict(ENVIRONMENT)
     if redis_port:
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}"
@@ -77,7 +79,7 @@ def serve(folder: Path, redis_port: int = 0) -> Process:
 def setting(redis: bool = True, nginx: bool = False) -> Iterator[Setting]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        result = Setting(folder, [], stack.enter_context(event_sources()))
+        result = Setting(folder, stack, [], stack.enter_context(event_sources()))
         if redis:
             result.redis = stack.enter_context(running_redis(folder))
             result.lines = [BadLine(result.redis.port) for _ in range(2)]
@@ -96,14 +98,17 @@ def setting(redis: bool = True, nginx: bool = False) -> Iterator[Setting]:
 
 
 class Publisher:
-    """Publishes numbers, all the time, until the end of its block."""
+    """Posts numbers, all the time, until the end of its block."""
 
     def __init__(self, ports: list[int], rate: float, size: int) -> None:
         self.ports, self.rate, self.size = ports, rate, size
         self.ids: dict[str, str] = {}  # of what was answered with 201, by its text
         self.sent: dict[str, float] = {}  # when, by its text
+        self.lives: dict[str, int] = {}  # how often the log had lost its data by then
+        self.life = 0
         self.refused: list[float] = []  # seconds until a POST was answered with 503
-        self.stopped = threading.Event()
+        self.stopped, self.posting = threading.Event(), threading.Event()
+        self.posting.set()
         self.thread = threading.Thread(target=self.run)
 
     def __enter__(self) -> "Publisher":
@@ -112,6 +117,7 @@ class Publisher:
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
+        self.posting.set()
         self.thread.join()
 
     def run(self) -> None:
@@ -121,11 +127,13 @@ class Publisher:
                 wait = start + number / self.rate - time.monotonic()
                 if self.stopped.wait(max(0.0, wait)):
                     return
-                text = str(number).ljust(self.size, ".")
-                pool.submit(self.publish, text, self.ports[number % len(self.ports)])
+                self.posting.wait()
+                text = f"{number} in {CHANNELS[number % 3]}".ljust(self.size, ".")
+                pool.submit(self.publish, text, self.ports[number // 3 % len(self.ports)])
 
     def publish(self, text: str, port: int) -> None:
-        url = f"http://127.0.0.1:{port}/feed"
+        url = f"http://127.0.0.1:{port}/feed/{channel_of(text)}"
+        self.lives[text] = self.life
         self.sent[text] = time.monotonic()
         try:
             answer = requests.post(url, json={"data": text}, timeout=LIMIT)
@@ -136,9 +144,22 @@ class Publisher:
         elif answer.status_code == 503:
             self.refused.append(time.monotonic() - self.sent[text])
 
+    @contextmanager
+    def losing_all(self) -> Iterator[None]:
+        """Nothing is posted while the log loses its data. What comes then is in a new life."""
+        self.posting.clear()
+        time.sleep(1)
+        yield
+        self.life += 1
+        self.posting.set()
 
-def order(event_id: str) -> tuple[int, ...]:
-    return tuple(map(int, event_id.split("-")))
+    def order(self, text: str, event_id: str) -> tuple[int, ...]:
+        """Ids are in order as long as the log is not lost."""
+        return (self.lives[text], *map(int, event_id.split("-")))
+
+
+def channel_of(text: str) -> str:
+    return text.rstrip(".").rpartition(" in ")[2]
 
 
 @dataclass
@@ -158,29 +179,33 @@ class Result:
 
 def look(it: Setting, publisher: Publisher) -> Result:
     """Wait until all have the last event, and see what each of them got."""
-    known = {**publisher.ids}
-    last = max(known.values(), key=order)
+    order, known = publisher.order, {**publisher.ids}
+    of = {
+        name: {order(text, known[text]): text for text in known if channel_of(text) == name}
+        for name in CHANNELS
+    }
     end = time.monotonic() + LIMIT
-    while any(order(source.last_event_id) < order(last) for source in it.crowd):
-        if time.monotonic() > end:
-            break  # they have lost it
-        time.sleep(0.01)
+    while time.monotonic() < end and not all(
+        of[source.path.rpartition("/")[2]][max(of[source.path.rpartition("/")[2]])]
+        in source.data[-200:]
+        for source in it.crowd
+    ):
+        time.sleep(0.05)
     result = Result(len(it.crowd), len(known))
-    for source, first in zip(it.crowd, it.first, strict=True):
-        missing = {order(event_id) for event_id in known.values()}
-        missing = {event_id for event_id in missing if event_id > order(first)}
-        before, told = order(first), False
+    for source in it.crowd:
+        missing, told = {*of[source.path.rpartition("/")[2]]}, False
+        before: tuple[int, ...] = (-1,)
         for event in source.events:
             if event.name == "gap":
                 result.gaps += 1
                 told = True
                 continue
-            event_id = order(event.id)
+            place = order(event.data, event.id)
             if told:
-                missing = {m for m in missing if not before < m < event_id}
-            result.disordered += event_id < before
-            missing.discard(event_id)
-            before, told = event_id, False
+                missing = {each for each in missing if not before < each < place}
+            result.disordered += place < before
+            missing.discard(place)
+            before, told = place, False
         result.lost += len(missing)
         result.doubled += len(source.data) - len(set(source.data))
     return result
@@ -228,7 +253,7 @@ def refused(it: Setting, publisher: Publisher) -> str:
     wait_for(lambda: len(publisher.ids) > known + 5, "events to be published again")
     stayed = sum(source.opened == 1 for source in it.crowd)
     slowest = max(publisher.refused, default=0)
-    return f"{stayed} readers stayed; POST: 503 after at most {slowest:.1f} s"
+    return f"{stayed} readers stayed; each 503 within {slowest:.1f} s"
 
 
 def silence(it: Setting, publisher: Publisher) -> str:
@@ -248,10 +273,65 @@ def silence(it: Setting, publisher: Publisher) -> str:
 def trim(it: Setting, publisher: Publisher) -> str:
     """A server is away from Redis while more is published than is kept."""
     it.lines[0].break_off()
-    texts = [f"extra {number}" for number in range(KEEP + 500)]
-    publisher.ids |= zip(texts, publish(it.servers[1], *texts), strict=True)
+    texts = [f"extra {number} in {CHANNELS[0]}" for number in range(KEEP + 500)]
+    publisher.lives |= dict.fromkeys(texts, 0)
+    ids = publish(it.servers[1], *texts, path=f"/feed/{CHANNELS[0]}")
+    publisher.ids |= zip(texts, ids, strict=True)
     it.lines[0].mend()
     return ""
+
+
+def fail_over(it: Setting, publisher: Publisher) -> str:
+    """The address leads to the replica, which is the primary now. The old one keeps connections."""
+    assert it.redis
+    other = it.stack.enter_context(running_redis(it.folder))
+    other.client.replicaof("127.0.0.1", it.redis.port)
+    wait_for(lambda: other.client.info()["master_link_status"] == "up", "the replica")
+    with publisher.losing_all():  # what the replica has not got yet would be lost
+        publisher.life -= 1
+        other.client.replicaof("NO", "ONE")
+        for line in it.lines:
+            line.to = other.port
+        it.redis.client.replicaof("127.0.0.1", other.port)
+    return refused(it, publisher)
+
+
+def lose_the_data(it: Setting, publisher: Publisher) -> str:
+    assert it.redis
+    with publisher.losing_all():
+        it.redis.kill()
+        shutil.rmtree(it.folder / "appendonlydir")
+        it.redis.start()
+    return refused(it, publisher)
+
+
+def turn_the_clock_back(it: Setting, publisher: Publisher) -> str:
+    """All ids that were given are above those that will be."""
+    assert it.redis
+    for channel in CHANNELS:
+        text = f"ahead in {channel}"
+        event_id = f"{int(time.time() + 3600) * 1000}-0"
+        publisher.lives[text] = 0
+        publisher.ids[text] = it.redis.client.xadd(f"feed:{channel}", {"data": text}, id=event_id)
+    time.sleep(2 * SETTLE)
+    with publisher.losing_all():
+        it.redis.client.flushall()
+    return refused(it, publisher)
+
+
+def take_nothing(it: Setting, publisher: Publisher) -> str:
+    assert it.redis
+    for setting, bad, good in (("min-replicas-to-write", 1, 0), ("maxmemory", 1, 0)):
+        it.redis.client.config_set(setting, bad)
+        time.sleep(3)
+        it.redis.client.config_set(setting, good)
+    return refused(it, publisher)
+
+
+def fail_in_one_reader(it: Setting, publisher: Publisher) -> str:
+    (bad,) = it.sources.open(it.ports[0], path=f"/feed/{CHANNELS[0]}?last=1")
+    wait_for(lambda: bad.opened > 5, "the bad reader to fail five times")
+    return f"it failed {bad.cut} times; {refused(it, publisher)}"
 
 
 def trouble_readers(it: Setting, _: Publisher) -> str:
@@ -291,11 +371,12 @@ def stop_reading(it: Setting, publisher: Publisher) -> str:
         ]
         return 1000 * statistics.quantiles(times, n=100)[-1]
 
-    time.sleep(KEEP / publisher.rate)  # until the log is full
+    fill = KEEP / publisher.rate * len(CHANNELS)  # seconds
+    time.sleep(fill)
     memory = psutil.Process(it.servers[0].pid).memory_info()
     then = time.monotonic()
     it.sources.pause(slow)
-    time.sleep(2 * KEEP / publisher.rate)
+    time.sleep(2 * fill)
     now = time.monotonic()
     without, with_it = late(0, then), late(then, now)
     more = psutil.Process(it.servers[0].pid).memory_info().rss - memory.rss
@@ -306,14 +387,15 @@ def stop_reading(it: Setting, publisher: Publisher) -> str:
     )
 
 
-def count_connections(it: Setting, _: Publisher) -> str:
+def count_connections(it: Setting, publisher: Publisher) -> str:
     assert it.redis
     most = 0
+    texts = [f"side by side {number} in {CHANNELS[0]}" for number in range(500)]
+    publisher.lives |= dict.fromkeys(texts, 0)
     with ThreadPoolExecutor(100) as pool:
-        url = f"{it.servers[0].url}/feed"
+        url = f"{it.servers[0].url}/feed/{CHANNELS[0]}"
         posts = [
-            pool.submit(requests.post, url, json={"data": f"side by side {number}"})
-            for number in range(500)
+            pool.submit(requests.post, url, json={"data": texts[number]}) for number in range(500)
         ]
         while not all(post.done() for post in posts):
             most = max(most, it.redis.connections())
@@ -342,6 +424,11 @@ FAULTS = [
     Fault("Redis stalled for 10 s", stall_redis),
     Fault("the line from a server to Redis falls silent", silence),
     Fault("Redis trims what a server has not read", trim),
+    Fault("failover behind one address, the old primary is read-only", fail_over),
+    Fault("Redis comes back without its data", lose_the_data),
+    Fault("the same, and its clock is behind", turn_the_clock_back),
+    Fault("Redis is read-only for 3 s, then full for 3 s", take_nothing),
+    Fault("an exception in one reader, again and again", fail_in_one_reader),
     Fault("500 POSTs, 100 side by side", count_connections),
     Fault(
         "readers leave, come back and read slowly",
@@ -356,6 +443,7 @@ FAULTS = [
         "a reader reads nothing",
         stop_reading,
         redis=False,
+        rate=100,
         size=4000,
         one_more=True,
     ),

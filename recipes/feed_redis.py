@@ -1,0 +1,150 @@
+"""The log of feed.py in Redis: a stream for each channel, any number of processes and machines.
+
+The stream is the log: https://redis.io/docs/latest/develop/data-types/streams/. Pub/Sub is a bell.
+If nobody hears it, an event comes up to five seconds late: so often all channels are looked at.
+
+There are three connections, however many readers and channels: one posts, one reads, one hears the
+bell. Whatever goes wrong on one, also an error in an answer, the next command gets a new one: after
+a failover the old primary may keep its connections, and answer READONLY to every command.
+"""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from weakref import WeakValueDictionary
+
+from redis.asyncio import Redis, Sentinel
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from recipes.common import keep_going, logger
+from recipes.feed import FORGET, KEEP, Channel, Log, LogIsAway, to_sse
+
+CHECK = 5.0  # seconds from one look at all channels to the next
+PATIENCE = 4.0  # seconds that Redis may take for an answer
+
+# What came after the event ARGV[2], and that event; if it is gone, all that there is. A new stream
+# gets an entry without an event: an id to go on from. A replica refuses, as it may not write.
+READ = """
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('XADD', KEYS[1], '*', 'begins', '') end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+local new = redis.call('XREVRANGE', KEYS[1], '+', ARGV[2], 'COUNT', ARGV[3])
+if #new > 0 and new[#new][1] == ARGV[2] then return new end
+return redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', ARGV[3])
+"""
+
+
+def connect(url: str) -> Any:
+    """One connection to an address of redis-py, or to redis+sentinel://:PASSWORD@HOST:PORT/NAME."""
+    options: dict[str, Any] = {"max_connections": 1, "decode_responses": True}
+    options |= {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
+    # A retry may do a command twice. Protocol 3 notices a broken connection only by its use.
+    options |= {"retry": Retry(NoBackoff(), 0), "protocol": 2, "encoding_errors": "replace"}
+    address = urlsplit(url)
+    if not address.scheme.endswith("+sentinel"):
+        return Redis.from_url(url, **options)
+    login, _, hosts = address.netloc.rpartition("@")
+    options["username"], _, options["password"] = map(unquote, login.partition(":"))
+    options["ssl"] = address.scheme.startswith("rediss")
+    pairs = [(host, int(port)) for host, _, port in (h.rpartition(":") for h in hosts.split(","))]
+    sentinel = Sentinel(pairs, socket_timeout=PATIENCE)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(address.path.strip("/"), **options)
+
+
+async def ask(client: Any, *commands: tuple[object, ...], strict: bool = False) -> Any:
+    """Send commands in one go; return their answers, errors among them unless `strict`."""
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    answers: list[Any] = [Exception()]
+    try:
+        return (answers := await pipeline.execute(raise_on_error=strict))
+    finally:
+        if any(isinstance(answer, Exception) for answer in answers):
+            await client.connection_pool.disconnect()
+
+
+class RedisLog(Log):
+    """The streams in Redis, and what was read of those that have readers in this process."""
+
+    def __init__(self, url: str) -> None:
+        self.channels = WeakValueDictionary()  # a reader keeps its channel
+        try:
+            self.poster, self.reader, self.bell = connect(url), connect(url), connect(url)
+        except ValueError:  # its words may have a part of the password in them
+            raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
+        self.posting = asyncio.Lock()
+        self.rang, self.failed = set[str](), set[str]()  # channels to be read, that cannot be read
+        self.ringing = asyncio.Event()
+        self.read_next = asyncio.Event()  # set when all that rang until now has been read
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def publish(self, name: str, data: str, event: str) -> str:
+        add = ("XADD", f"feed:{name}", "MAXLEN", "~", KEEP + 1, "*", "data", data, "event", event)
+        expire, ring = ("EXPIRE", f"feed:{name}", FORGET), ("PUBLISH", "feed", name)
+        try:
+            async with asyncio.timeout(PATIENCE), self.posting:
+                event_id, *_ = await ask(self.poster, add, expire, ring, strict=True)
+        except Exception as error:
+            logger.error("feed: not known to be published: %s: %s", type(error).__name__, error)
+            raise LogIsAway from error
+        return str(event_id)
+
+    async def open(self, name: str) -> tuple[Channel, bool]:
+        if not self.tasks or self.tasks[0].done():
+            loops = [keep_going("feed: Redis", loop) for loop in (self.listen, self.follow)]
+            self.tasks = [asyncio.create_task(loop) for loop in loops]
+        channel = self.channels.setdefault(name, Channel(name))
+        self.ring(name)
+        with suppress(TimeoutError):
+            await asyncio.wait_for((read := self.read_next).wait(), 1)
+        return channel, read.is_set() and name not in self.failed
+
+    def ring(self, *names: str) -> None:
+        self.rang.update(names)
+        self.ringing.set()
+
+    async def listen(self) -> None:
+        """Look at all channels, and hear the bell for a while; then again, on a new connection."""
+        with suppress(TimeoutError):
+            async with self.bell.pubsub() as bell, asyncio.timeout(CHECK):
+                await bell.subscribe("feed")
+                self.ring(*self.channels)
+                async for message in bell.listen():
+                    self.ring(message["data"])
+
+    async def follow(self) -> None:
+        """Read the channels that rang."""
+        await self.ringing.wait()
+        self.ringing.clear()
+        names, self.rang = [*self.rang], set()
+        read, self.read_next = self.read_next, asyncio.Event()
+        for i in range(0, len(names), 20):  # the readers have their turn in between
+            await self.read([c for name in names[i : i + 20] if (c := self.channels.get(name))])
+        read.set()
+
+    async def read(self, channels: list[Channel]) -> None:
+        """Append what is new in these channels. One that cannot be read hinders no other."""
+        pairs = [(channel, (channel.ids or [channel.floor or "-"])[-1]) for channel in channels]
+        reads = [("EVAL", READ, 1, f"feed:{c.name}", FORGET, last, KEEP + 1) for c, last in pairs]
+        for (channel, last), entries in zip(pairs, await ask(self.reader, *reads), strict=True):
+            try:
+                if isinstance(entries, Exception):
+                    raise entries
+                entries.reverse()
+                first = entries[0][0]
+                if first != last:  # it does not go on there: begin after the id below the first
+                    ms, number = map(int, first.split("-"))
+                    channel.begin(f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}")
+                for event_id, words in entries[first == last :]:
+                    event = dict(zip(words[::2], words[1::2], strict=True))
+                    new = "data" in event and to_sse(
+                        event_id, event["data"], event.get("event", "")
+                    )
+                    channel.append(event_id, new or b"")
+                self.failed.discard(channel.name)
+            except Exception as error:
+                logger.error("feed: cannot read channel %s: %s", channel.name, error)
+                self.failed.add(channel.name)
+                asyncio.get_running_loop().call_later(1, self.ring, channel.name)
