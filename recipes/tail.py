@@ -6,233 +6,209 @@ a feed instead when several servers write, or when readers may be away for longe
     LOG=/var/log/syslog uvicorn recipes.tail:app --reload
     curl -N "localhost:8000/log?lines=3"
 
-Without `LOG` it follows `tail.log`, next to this file, and writes a line a second to it. The id of
-an event is the offset of the byte after its line, so that a reader resumes exactly where it was.
+Without `LOG` it follows `tail.log`, next to this file, and writes a line a second to it. The page
+at `/` shows the log, and beside it what is on the wire.
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
-from contextlib import aclosing, asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
+from random import choice, randrange
 from typing import Annotated
+from zlib import crc32
 
-from fastapi import FastAPI, Query, Response
-from watchfiles import Change, awatch
+from fastapi import FastAPI, Header, Query, Response
 
-from main import SSE, EndStreams, LastEventID, Stream
+from main import EndStreams, Stream
+from recipes.common import keep_going, prepare
 
-LOG = Path(os.environ.get("LOG", Path(__file__).with_name("tail.log"))).absolute()
+LOG = Path(os.environ.get("LOG") or Path(__file__).with_name("tail.log")).absolute()
+LOOK = 0.1  # seconds between two looks at the file
 KEEP_ALIVE = 10.0  # seconds of silence
-MAX_LINE = 1024 * 1024  # bytes of a line that are kept and sent
+MAX_LINE = 1024 * 1024  # bytes; a longer line is sent in pieces
 BLOCK = 64 * 1024  # bytes that are read at once
+CHECKED = 256  # bytes before an offset that tell whether the file is still the same
 
-# 1. The file, as one reader reads it --------------------------------------------------------------
+SSE = "text/event-stream"
+logger = logging.getLogger("uvicorn.error")
+ROTATED = b"event: rotated\nid: 0-00000000\ndata: The log was truncated or replaced.\n\n"
 
-# With an id: a reader that loses the connection right here goes on at the start of the new log.
-ROTATED = b"event: rotated\nid: 0\ndata: The log was truncated or replaced. Here is its start.\n\n"
-
-
-def to_sse(line: bytes, left_out: int, end: int) -> bytes:
-    """A line as an event; `end` is the offset of the byte after it."""
-    line = line.removesuffix(b"\r")
-    if not line.isascii():
-        line = line.decode(errors="backslashreplace").encode()
-    line = line.replace(b"\r", rb"\x0d")  # by itself, too, a CR ends a line of an event stream
-    more = b" [and %d bytes more]" % left_out if left_out else b""
-    return b"id: %d\ndata: %s%s\n\n" % (end, line, more)
+# 1. The file, and one look at it for all readers --------------------------------------------------
 
 
-def open_log() -> FileIO | None:
-    """Open the log; None if there is no such file now."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        # O_NONBLOCK: to open a named pipe would wait for its writer, and all readers with it.
-        return FileIO(LOG, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
-    return None
+def read_at(file: FileIO, start: int, end: int) -> bytes:
+    return os.pread(file.fileno(), end - max(start, 0), max(start, 0))
 
 
-def find_last_lines(count: int) -> int:
-    """Return the offset at which the last `count` whole lines begin."""
-    if (file := open_log()) is None:
-        return 0
-    with file:
-        position = file.seek(0, os.SEEK_END)
-        while position > 0:
-            start = max(position - BLOCK, 0)
-            block = os.pread(file.fileno(), position - start, start)
-            newline = len(block)
-            while (newline := block.rfind(b"\n", 0, newline)) >= 0:
-                if count == 0:
-                    return start + newline + 1
-                count -= 1
-            position = start
-    return 0
+class Watch:
+    """Looks at the log for all readers, and wakes them when it has changed.
 
-
-def read_log(offset: int) -> Generator[bytes | None]:
-    """Yield the lines from `offset` on as events, many at a time; None when there are no more yet.
-
-    After a rotation it goes on with the file that is there then, from its start.
+    inotify would also tell of each write to any other file in the folder, a user has only 128 of
+    its instances, and it sees nothing on a network disk.
     """
+
+    def __init__(self) -> None:
+        self.file: FileIO | None = None
+        self.seen: object = None
+        self.problem = ""
+        self.changed = asyncio.Event()
+
+    def open(self) -> FileIO | None:
+        """Return the file that the log is now, None if there is none. Its readers share it.
+
+        They keep it open, so the end of a renamed or removed file is not lost.
+        """
+        try:
+            status = LOG.stat()
+            if not self.file or not os.path.samestat(status, os.fstat(self.file.fileno())):
+                if not LOG.is_file():  # to open a named pipe would wait for its writer
+                    raise OSError(f"{LOG} is not a file")
+                self.file = FileIO(LOG)
+            self.problem = ""
+            return self.file
+        except Exception as error:  # whatever it is, the next look may find it well again
+            if str(error) != self.problem:
+                logger.warning("LOG is waited for: %s", error)
+            self.problem = str(error)
+            return None
+
+    async def look(self) -> None:
+        self.open()
+        status = self.file and os.fstat(self.file.fileno())
+        seen = status and (self.file, status.st_size, status.st_mtime_ns)
+        if seen != self.seen:
+            self.seen = seen
+            self.changed.set()
+            self.changed = asyncio.Event()
+        await asyncio.sleep(LOOK)
+
+
+watch = Watch()
+
+# 2. What a reader gets: each reads the file itself, so a slow one hinders nobody ------------------
+
+
+def id_at(offset: int, before: bytes) -> str:
+    """Return the id of a line that ends at `offset`; `before` ends with the bytes before it."""
+    return f"{offset}-{crc32(before[-CHECKED:]):08x}"
+
+
+def to_sse(line: bytes, event_id: str) -> bytes:
+    text = line.lstrip(b"\0").removesuffix(b"\r").decode(errors="backslashreplace")
+    text = text.replace("\r", r"\x0d")  # by itself, too, a CR ends a line of an event stream
+    return f"id: {event_id}\ndata: {text}\n\n".encode()
+
+
+def find_last_lines(file: FileIO, count: int, end: int) -> Generator[bytes, None, int]:
+    """Return the offset at which the last `count` complete lines before `end` begin."""
+    while end > 0:
+        start = max(end - BLOCK, 0)
+        block = read_at(file, start, end)
+        if len(block) < end - start or not block.strip(b"\0"):
+            break  # truncated meanwhile, or a hole
+        before, *ends = block.rsplit(b"\n", count + 1)
+        if len(ends) > count:
+            return start + len(before) + 1
+        count -= len(ends)
+        end = start
+        yield b""
+    return end
+
+
+def read_log(lines: int, last_id: str) -> Generator[bytes | None]:
+    """Yield the last lines, or those after the id, then new ones, as events; None: no more yet."""
+    file = watch.open()
+    offset = os.fstat(file.fileno()).st_size if file else 0
+    yield b"retry: 1000\n\n"  # ms; who has this misses nothing that is written from now on
+    while not (file := file or watch.open()):
+        yield None
+    if last_id:
+        offset = int(last_id.partition("-")[0])
+    else:
+        offset = yield from find_last_lines(file, lines, offset)
     while True:
-        if (file := open_log()) is None:
+        file = yield from read_file(file, offset, last_id)
+        yield ROTATED
+        offset, last_id = 0, ""
+
+
+def read_file(file: FileIO, offset: int, last_id: str) -> Generator[bytes | None, None, FileIO]:
+    """Yield what `read_log` does. Return the file to go on with, from its start."""
+    known = read_at(file, offset - CHECKED, offset)
+    if len(known) < min(offset, CHECKED) or last_id not in ("", id_at(offset, known)):
+        return file  # not the one of the id, even if a line happens to end at the same place
+    line = b""  # a line that has not ended yet
+    while True:
+        # Asked before reading: when something is in a new file, the writer has left this one.
+        now = watch.open()
+        replaced = now and now is not file and os.fstat(now.fileno()).st_size > 0
+        data = read_at(file, offset - len(known), offset + BLOCK)
+        if not data.startswith(known):
+            return file  # it was truncated, even if it has grown again since
+        if data == known and now and replaced:
+            if line:
+                yield to_sse(line, id_at(offset, known))  # it will not get an end any more
+            return now
+        if data == known:
             yield None
             continue
-        with file:
-            size = file.seek(0, os.SEEK_END)
-            # An offset at which no line ends is of another file.
-            if not offset or (offset <= size and os.pread(file.fileno(), 1, offset - 1) == b"\n"):
-                yield from read_file(file, offset)
-        yield ROTATED
-        offset = 0
+        start, at, events = offset - len(known), len(known), []
+        while (newline := data.find(b"\n", at)) >= 0:
+            line, at = line + data[at:newline], newline + 1
+            events.append(to_sse(line, id_at(start + at, data[max(at - CHECKED, 0) : at])))
+            line = b""
+        # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
+        # https://github.com/logrotate/logrotate/issues/286
+        line = (line + data[at:]).lstrip(b"\0")
+        offset, known = start + len(data), data[-CHECKED:]
+        if len(line) >= MAX_LINE:
+            events.append(to_sse(line, id_at(offset, known)))
+            line = b""
+        yield b"".join(events)
 
 
-def read_file(file: FileIO, offset: int) -> Generator[bytes | None]:
-    """Yield events as `read_log` does, until this file is truncated or replaced."""
-    line, left_out = bytearray(), 0  # a line that has not ended yet, and the bytes not kept of it
-    seen = b""  # what was last read: if it is no longer there, the file was written anew
-    while True:
-        # Asked before the last look into this file: when something is in the new one, the writer
-        # has left this one for good.
-        replaced = is_replaced(file)
-        while (block := os.pread(file.fileno(), len(seen) + BLOCK, offset - len(seen))) != seen:
-            if not block.startswith(seen):
-                return
-            events = []
-            for number, piece in enumerate(block[len(seen) :].split(b"\n")):
-                if number > 0:  # behind a newline
-                    offset += 1
-                    events.append(to_sse(bytes(line), left_out, offset))
-                    line, left_out = bytearray(), 0
-                room = MAX_LINE - len(line)
-                line += piece[:room]
-                left_out += max(len(piece) - room, 0)
-                offset += len(piece)
-            seen = block[-256:]
-            yield b"".join(events)
-        if replaced:
-            if line:  # without an end, which it will not get any more
-                yield to_sse(bytes(line), left_out, offset)
-            return
-        yield None
+async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
+    """Yield what `read_log` does; wait for the watch when there is nothing more."""
+    clock = asyncio.get_running_loop().time
+    due = clock() + KEEP_ALIVE
+    changed = watch.changed  # taken before each look: nothing can happen in between
+    for events in read_log(lines, last_id):
+        if not events and clock() >= due:
+            events = b": keep-alive\n\n"
+        if events:
+            yield events
+            due = clock() + KEEP_ALIVE
+        elif events is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await changed.wait()
+        await asyncio.sleep(0)  # the others have their turn
+        changed = watch.changed
 
 
-def is_replaced(file: FileIO) -> bool:
-    """Tell whether `LOG` names another file by now, and something is in that one."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        status = LOG.stat()
-        return status.st_size > 0 and not os.path.samestat(status, os.fstat(file.fileno()))
-    return False
+# 3. The recipe's own log, and the app -------------------------------------------------------------
 
 
-# 2. When something happens to it ------------------------------------------------------------------
-
-changed = asyncio.Event()
-
-
-def wake_readers() -> None:
-    global changed
-    changed.set()
-    changed = asyncio.Event()
-
-
-async def watch() -> None:
-    """Wake the readers when something happens to the log.
-
-    One watch for all of them: each takes a thread of the 40 that there are, and an inotify
-    instance of the 128 that a user has.
-    """
-    while True:
-        entries = directory_entries()
-        directories = {entry.parent for entry in entries}
-        names = {str(path) for path in entries | directories}
-        changes = awatch(
-            *directories,
-            watch_filter=None,
-            recursive=False,
-            rust_timeout=10_000,  # ms; by then the directories may be others, without a word
-            yield_on_timeout=True,
-        )
-        # Soon is when the watch has begun: what happened before it is seen, too.
-        asyncio.get_running_loop().call_soon(wake_readers)
-        try:
-            async with aclosing(changes):
-                async for batch in changes:
-                    kinds = {kind for kind, path in batch if path in names}
-                    if kinds:
-                        wake_readers()
-                    if not batch or kinds - {Change.modified}:
-                        break
-        except Exception:
-            # A directory is gone already, a limit of the kernel's is reached, or a file next to the
-            # log has a name that watchfiles cannot decode. Look again in a second, and until then
-            # each second: without a watch the readers would wait for their keep-alive.
-            await asyncio.sleep(1)
-
-
-def directory_entries() -> set[Path]:
-    """The entries that decide which file the log is; of a missing directory, the entry for it."""
-    entries = {entry for entry in (LOG, *LOG.parents) if entry.is_symlink()}
-    for entry in (LOG, Path(os.path.realpath(LOG))):
-        while not entry.parent.is_dir():
-            entry = entry.parent
-        entries.add(entry)
-    return entries
-
-
-# 3. The stream ------------------------------------------------------------------------------------
-
-
-async def follow(lines: int, last_event_id: int | None) -> AsyncGenerator[bytes]:
-    """Yield the last lines, or those after the id, and each new one, as events."""
-    loop = asyncio.get_running_loop()
-    try:
-        if last_event_id is None:
-            # In a thread: it may have to read far. All other reads are of one block, mostly just
-            # written: less work than the way to a thread and back.
-            last_event_id = await asyncio.to_thread(find_last_lines, lines)
-        yield b"retry: 1000\n\n"  # ms; who has this misses nothing that is written from now on
-        with closing(read_log(last_event_id)) as log:
-            due = loop.time() + KEEP_ALIVE
-            change = changed  # taken before each look: nothing can happen in between
-            for events in log:
-                if events:
-                    yield events
-                    due = loop.time() + KEEP_ALIVE
-                if events is not None:
-                    await asyncio.sleep(0)  # the others have their turn
-                    continue
-                try:
-                    async with asyncio.timeout_at(due):
-                        await change.wait()
-                except TimeoutError:
-                    yield b": keep-alive\n\n"
-                    due = loop.time() + KEEP_ALIVE
-                change = changed
-    except OSError as error:
-        yield f"event: failed\ndata: The log cannot be read: {error.strerror}.\n\n".encode()
-
-
-def write_a_line() -> None:
-    if LOG.exists() and LOG.stat().st_size > 1_000_000:
+async def write_a_line() -> None:
+    """Write a line, and wait a second. After 40 lines begin a new file, as logrotate does."""
+    if LOG.exists() and LOG.stat().st_size > 1500:
         LOG.replace(LOG.with_suffix(".log.1"))
+    path, ms = choice(["/", "/orders", "/orders/17"]), randrange(1, 100)
     with LOG.open("a") as log:
-        log.write(f"{datetime.now().time().isoformat('milliseconds')} all is well\n")
-
-
-async def write_a_line_a_second() -> None:
-    while True:
-        write_a_line()
-        await asyncio.sleep(1)
+        log.write(f"{datetime.now():%H:%M:%S} GET {path} 200 in {ms} ms\n")
+    await asyncio.sleep(1)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(watch())]
-    if "LOG" not in os.environ:
-        tasks.append(asyncio.create_task(write_a_line_a_second()))
+    tasks = [asyncio.create_task(keep_going("The watch of LOG", watch.look))]
+    if not os.environ.get("LOG"):
+        tasks.append(asyncio.create_task(keep_going("Writing tail.log", write_a_line)))
     yield
     for task in tasks:
         task.cancel()
@@ -240,12 +216,13 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(title="Tail", lifespan=lifespan)
 app.add_middleware(EndStreams)
+prepare(app, page="tail.html")
 
 
 @app.get("/log", response_class=Response, responses={200: {"content": {SSE: {}}}})
 async def log(
     lines: Annotated[int, Query(ge=0, le=1000, description="How many of the last lines.")] = 10,
-    last_event_id: LastEventID = None,
+    last_event_id: Annotated[str, Header(pattern="^([0-9]{1,18}-[0-9a-f]{8})?$")] = "",
 ) -> Stream:
-    """The log's last lines, then each new one when it is written."""
-    return Stream(follow(lines, last_event_id), bytes, SSE)
+    """The log's last lines, or those after an event, then each new one when it is written."""
+    return Stream(follow(lines, last_event_id), media_type=SSE)

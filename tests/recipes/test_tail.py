@@ -10,32 +10,38 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import psutil
 import pytest
 import requests
 
-from tests.support.processes import LIMIT, Process, need, starting, wait_for
+from tests.support.processes import (
+    ENVIRONMENT,
+    LIMIT,
+    ROOT,
+    Process,
+    Start,
+    need,
+    starting,
+    wait_for,
+)
 from tests.support.raw_reader import RawReader, read_until
-from tests.support.recipes import start_recipe
+from tests.support.recipes import start_app, start_recipe
 
 ROTATED = "rotated"
 
 
 class Event(NamedTuple):
-    """What an `EventSource` would make of it, but for an event without data, which it drops."""
+    """What a reader makes of it; a comment is an event here, too."""
 
     type: str
     data: str
-    id: int | None
+    id: str | None
 
 
 def parse(body: bytes) -> list[Event]:
-    """The whole events of a body, and `Event("comment", …)` for the comments.
-
-    A line ends with CRLF, LF or CR, as the standard has it.
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
-    """
+    """The complete events of a body, and `Event("comment", …)` for the comments."""
     events = []
     fields: dict[str, str] = {}
     *lines, _ = re.split("\r\n|\n|\r", body.decode())
@@ -48,8 +54,7 @@ def parse(body: bytes) -> list[Event]:
             assert name not in fields, line  # this recipe has no field twice
             fields[name] = value
         elif "data" in fields:
-            event_id = int(fields["id"]) if "id" in fields else None
-            events.append(Event(fields.get("event", "message"), fields["data"], event_id))
+            events.append(Event(fields.get("event", "message"), fields["data"], fields["id"]))
             fields = {}
         else:
             fields = {}
@@ -60,9 +65,8 @@ def parse(body: bytes) -> list[Event]:
 class Reader:
     """Reads `/log` in a thread of its own, until it is closed or the server ends the body."""
 
-    def __init__(self, server: Process, query: str = "?lines=0", last_event_id: int | None = None):
-        headers = f"Last-Event-ID: {last_event_id}\r\n" if last_event_id is not None else ""
-        self.raw = RawReader(server.port, f"/log{query}", headers)
+    def __init__(self, server: Process, query: str = "?lines=0", last_event_id: str = "") -> None:
+        self.raw = RawReader(server.port, f"/log{query}", f"Last-Event-ID: {last_event_id}\r\n")
         self.leaving = False
         self.thread = threading.Thread(target=self.read)
         self.thread.start()
@@ -104,6 +108,10 @@ class Reader:
         self.raw.close()
 
 
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     directory = tmp_path_factory.mktemp("tail")
@@ -116,16 +124,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 def log(shared: Process) -> Path:
     """The log, which does not exist; its directory does, and nothing is in it."""
     log = Path(shared.options["env"]["LOG"])
-    shutil.rmtree(log.parent, ignore_errors=True)
+    clear(log.parent)
     log.parent.mkdir()
     return log
 
 
 @pytest.fixture
 def server(shared: Process, log: Path) -> Process:
-    """One server for all tests here: those that stop it leave the next one a new one."""
-    if shared.popen.poll() is not None:
-        shared.start()
+    """One server for most tests here: those that stop it leave the next one a new one.
+
+    It still has the log of the last test open, until there is a new one.
+    """
+    shared.kill()
+    shared.start()
     return shared
 
 
@@ -133,7 +144,7 @@ def server(shared: Process, log: Path) -> Process:
 def read(server: Process) -> Iterator[Callable[..., Reader]]:
     readers = []
 
-    def read(query: str = "?lines=0", last_event_id: int | None = None) -> Reader:
+    def read(query: str = "?lines=0", last_event_id: str = "") -> Reader:
         readers.append(Reader(server, query, last_event_id))
         return readers[-1]
 
@@ -154,30 +165,39 @@ def numbered(first: int, stop: int) -> str:
     return "".join(f"line {i}\n" for i in range(first, stop))
 
 
+def id_at(content: bytes, offset: int) -> str:
+    """The id as the contract has it."""
+    return f"{offset}-{crc32(content[max(offset - 256, 0) : offset]):08x}"
+
+
 # Where a reader begins ----------------------------------------------------------------------------
 
 
 def test_the_last_lines_then_each_new_one(log: Path, read: Read) -> None:
-    append(log, numbered(0, 2000))
+    append(log, numbered(0, 20_000))
     readers = {lines: read(f"?lines={lines}") for lines in (0, 3, 1000)} | {10: read("")}
-    append(log, "whole ")
-    append(log, "only when it ends\n")
+    append(log, "sent ")
+    append(log, "when it ends\n")
     for lines, reader in readers.items():
-        events = reader.wait_for("whole only when it ends")
-        assert reader.lines[:-1] == [f"line {i}" for i in range(2000 - lines, 2000)]
-        # What is before its id in the file is all up to the event.
-        content = log.read_text()
-        assert all(content[: event.id].endswith(f"{event.data}\n") for event in events)
+        events = reader.wait_for("sent when it ends")
+        assert reader.lines[:-1] == [f"line {i}" for i in range(20_000 - lines, 20_000)]
+        content = log.read_bytes()
+        for event in events:
+            offset = int(str(event.id).partition("-")[0])
+            assert event.id == id_at(content, offset)
+            assert content[:offset].endswith(f"{event.data}\n".encode())
 
 
-def test_a_line_that_is_not_whole_yet_is_no_last_line(log: Path, read: Read) -> None:
+def test_a_line_that_has_not_ended_is_no_last_line(log: Path, read: Read) -> None:
     append(log, "one\ntwo\nthr")
     all_there_are, last = read("?lines=1000"), read("?lines=1")
     none = read()
     append(log, "ee\n")
-    assert [event.id for event in all_there_are.wait_for("one", "two", "three")] == [4, 8, 14]
+    content = b"one\ntwo\nthree\n"
+    ids = [event.id for event in all_there_are.wait_for("one", "two", "three")]
+    assert ids == [id_at(content, 4), id_at(content, 8), id_at(content, 14)]
     last.wait_for("two", "three")
-    assert none.wait_for("three") == [Event("message", "three", 14)]
+    assert none.wait_for("three") == [Event("message", "three", ids[-1])]
 
 
 def test_bad_input(server: Process, log: Path) -> None:
@@ -191,8 +211,25 @@ def test_bad_input(server: Process, log: Path) -> None:
 
     for lines in ("-1", "1001", "", "1e1", "ten", "9" * 5000):
         assert status(f"?lines={lines}") == 422, lines
-    for event_id in ("-1", "x", "", "1.0", "+1", "1_0", "9" * 5000):
+    for event_id in ("-1", "x", "1", "8-x", "8-ABCDEF01", "+8-00000000", "9" * 20 + "-00000000"):
         assert status(**{"Last-Event-ID": event_id}) == 422, event_id
+
+
+def test_an_id_says_where_to_go_on_if_it_is_of_this_file(log: Path, read: Read) -> None:
+    content = b"one\ntwo\n"
+    append(log, content)
+    read("", id_at(content, 0)).wait_for("one", "two")
+    after_one, at_the_end = (read("", id_at(content, offset)) for offset in (4, 8))
+    # Beyond the end, in the middle of a line, and of a file with the same lines' ends.
+    others = ["9-12345678", "9" * 18 + "-00000000", "12-00000000", "5-12345678"]
+    for event_id in (*others, id_at(b"eno\ntwo\n", 8)):
+        events = read("", event_id).wait_for("one", "two")
+        assert [event.type for event in events] == [ROTATED, "message", "message"], event_id
+        assert events[0].id == id_at(b"", 0)
+    append(log, "three\n")
+    assert at_the_end.wait_for("three") == [Event("message", "three", id_at(log.read_bytes(), 14))]
+    after_one.wait_for("two", "three")
+    assert len(after_one.events) == 2
 
 
 # What a line may hold -----------------------------------------------------------------------------
@@ -208,35 +245,33 @@ def test_every_byte_reaches_the_reader(log: Path, read: Read) -> None:
         b"surrogate \xed\xa0\x80": r"surrogate \xed\xa0\x80",
         b"50%\r100%": r"50%\x0d100%",
         b"Windows\r": "Windows",
-        b"\0\x1b[31mred\x7f": "\0\x1b[31mred\x7f",
+        b"\x1b[31mred\x7f\0.": "\x1b[31mred\x7f\0.",
     }
     reader = read()
     append(log, b"".join(line + b"\n" for line in lines))
     reader.wait_for(*lines.values())
 
 
-def test_a_line_of_1_mb_and_one_that_is_too_long(log: Path, read: Read) -> None:
+def test_a_line_of_1_mb_and_one_without_end(server: Process, log: Path, read: Read) -> None:
+    reader = read()
     mb = 1024 * 1024
-    reader = read()
     for _ in range(16):  # it is written in pieces, as a log is whose writer has a buffer
-        append(log, "x" * (mb // 16))
-    append(log, "\n" + "y" * (2 * mb) + "\nz\n")
-    events = reader.wait_for("x" * mb, "y" * mb + f" [and {mb} bytes more]", "z")
-    assert [event.id for event in events] == [mb + 1, 3 * mb + 2, 3 * mb + 4]
-
-
-def test_a_line_without_end_takes_no_memory(server: Process, log: Path, read: Read) -> None:
-    reader = read()
-    append(log, "before\n")
-    reader.wait_for("before")
+        append(log, "x" * (mb // 16 - 1))
+    append(log, "\n")
+    reader.wait_for("x" * (mb - 16))
     process = psutil.Process(server.pid)
     before = process.memory_info().rss
     for _ in range(100):
-        append(log, b"x" * 1_000_000)
+        append(log, b"y" * 1_000_000)
     append(log, "\nafter\n")
     reader.wait_for("after")
-    assert reader.lines[1].endswith(" [and 98951424 bytes more]")
     assert process.memory_info().rss - before < 20_000_000
+    pieces = reader.lines[1:-1]
+    assert "".join(pieces) == "y" * 100_000_000
+    assert max(map(len, pieces)) < 1.1 * mb
+    # Whoever loses the connection between two pieces goes on with the next one.
+    piece_id = reader.events[-3].id
+    read("", str(piece_id)).wait_for(pieces[-1], "after")
 
 
 # Many lines, many readers -------------------------------------------------------------------------
@@ -245,157 +280,166 @@ def test_a_line_without_end_takes_no_memory(server: Process, log: Path, read: Re
 def test_a_burst_of_100_000_lines(log: Path, read: Read) -> None:
     reader = read()
     append(log, numbered(0, 100_000))
-    end = log.stat().st_size
-    wait_for(lambda: reader.raw.body.endswith(b"id: %d\ndata: line 99999\n\n" % end), "the burst")
+    wait_for(lambda: reader.raw.body.endswith(b"data: line 99999\n\n"), "the burst")
     assert reader.lines == [f"line {i}" for i in range(100_000)]
     content = log.read_bytes()
-    assert all(content[event.id - 1] == ord("\n") for event in reader.events if event.id)
+    assert reader.events[-1].id == id_at(content, len(content))
 
 
-def test_more_readers_than_threads(server: Process, log: Path) -> None:
-    readers = [RawReader(server.port, "/log?lines=0") for _ in range(100)]
+def test_readers_share_one_file_that_the_last_one_gives_back(server: Process, log: Path) -> None:
+    """With a file for each, half as many readers would use up what a process may open."""
+    readers = [RawReader(server.port, "/log?lines=0", receive_buffer=4096) for _ in range(10)]
     assert read_until(readers, lambda: all(reader.body for reader in readers))
     append(log, "for all\n")
     assert read_until(readers, lambda: all(b"for all" in reader.body for reader in readers))
+
+    def open_logs() -> set[Path]:
+        files = [Path(file.path) for file in psutil.Process(server.pid).open_files()]
+        logs = [file for file in files if file.parent == log.parent]
+        assert len(logs) == len(set(logs))
+        return set(logs)
+
+    assert open_logs() == {log}
+    old = log.rename(log.with_suffix(".1"))
+    append(old, b"x" * 8_000_000 + b"\n")  # more than what fits on the way to the first one
+    append(log, "new\n")
+    assert read_until(readers[1:], lambda: all(b"data: new" in r.body for r in readers[1:]))
+    assert open_logs() == {old, log}
+    readers[0].reset()
+    wait_for(lambda: open_logs() == {log}, "the old file to be closed")
     for reader in readers:
         reader.close()
+    append(log, "and nothing is amiss\n")
+    assert "Traceback" not in server.log
 
 
 def test_a_slow_reader_gets_all_and_takes_no_memory(server: Process, log: Path) -> None:
+    """Also when the log is rotated while it does not read."""
     slow = RawReader(server.port, "/log?lines=0", receive_buffer=4096)
     assert read_until([slow], lambda: slow.body)
     process = psutil.Process(server.pid)
     before = process.memory_info().rss
     line = b"x" * 1000
-    append(log, b"".join(b"%d %s\n" % (i, line) for i in range(20_000)))
-    quick = RawReader(server.port, "/log?lines=1")
-    # While the slow one does not read at all, the others are served.
-    assert read_until([quick], lambda: b"data: 19999 " in quick.body)
-    quick.close()
+    for last in (9_999, 19_999):
+        append(log, b"".join(b"%d %s\n" % (i, line) for i in range(last - 9_999, last + 1)))
+        quick = Reader(server, "?lines=1")  # the others are served
+        quick.wait_for(f"{last} {line.decode()}")
+        quick.close()
+        log.rename(log.with_suffix(f".{last}"))
     assert process.memory_info().rss - before < 10_000_000
     assert read_until(
         [slow], lambda: b"data: 19999 " in slow.body[-2000:] and slow.body.endswith(b"\n\n")
     )
     slow.close()
-    numbers = [int(event.data.split()[0]) for event in parse(bytes(slow.body))]
+    events = parse(bytes(slow.body))
+    numbers = [int(event.data.split()[0]) for event in events if event.type == "message"]
     assert numbers == list(range(20_000))
-
-
-def test_a_reader_that_leaves_gives_back_its_file(server: Process, log: Path) -> None:
-    append(log, b"x" * 1000 + b"\n")
-    log.write_bytes(log.read_bytes() * 20_000)
-    process = psutil.Process(server.pid)
-
-    def is_open() -> bool:
-        return any(file.path == str(log) for file in process.open_files())
-
-    sleeping = RawReader(server.port, "/log?lines=1")
-    assert read_until([sleeping], lambda: b"data" in sleeping.body)
-    blocked = RawReader(server.port, "/log?lines=1", "Last-Event-ID: 0\r\n", receive_buffer=4096)
-    assert read_until([blocked], lambda: b"data" in blocked.body)
-    wait_for(is_open, "the file to be open")
-    sleeping.close()
-    blocked.reset()
-    wait_for(lambda: not is_open(), "the file to be closed")
-    append(log, "and nothing is amiss\n")
-    assert "Traceback" not in server.log
 
 
 # Rotation -----------------------------------------------------------------------------------------
 
 
-def test_replaced_as_logrotate_does_with_create(log: Path, read: Read) -> None:
+def truncate(log: Path, new: str) -> None:
+    os.truncate(log, 0)
+    append(log, new)
+
+
+def truncate_to_shorter(log: Path, new: str) -> None:
+    """As an editor saves it: in place."""
+    log.write_text("first\n")
+    append(log, new)
+
+
+def replace(log: Path, new: str) -> None:
+    log.rename(log.with_suffix(".1"))
+    append(log, new)
+
+
+def remove(log: Path, new: str) -> None:
+    log.unlink()
+    append(log, new)
+
+
+def replace_twice(log: Path, new: str) -> None:
+    replace(log, "between\n")
+    replace(log, new)
+
+
+def switch_a_link(log: Path, new: str) -> None:
+    other = log.with_suffix(".other")
+    append(other, new)
+    log.with_suffix(".new").symlink_to(other)
+    log.with_suffix(".new").rename(log)
+
+
+@pytest.mark.parametrize(
+    "change", [truncate, truncate_to_shorter, replace, remove, replace_twice, switch_a_link]
+)
+@pytest.mark.parametrize("written", [0, 20, 50, 70])
+def test_a_change_is_noticed_whatever_was_read_before(
+    log: Path, read: Read, change: Callable[[Path, str], None], written: int
+) -> None:
+    """All new lines are as long as the old ones; of 50 old ones, fewer, as many or more are new."""
+    append(log, "".join(f"old line {i:02}\n" for i in range(50)))
+    content = log.read_bytes()
+    readers = [read("?lines=0"), read("?lines=10"), read("", id_at(content, len(content)))]
+    readers[1].wait_for_lines(9)
+    new = [f"new line {i:02}" for i in range(written + 1)]
+    change(log, "".join(f"{line}\n" for line in new[:written]))
+    append(log, f"{new[written]}\n")
+    for reader in readers:
+        events = reader.wait_for(new[-1])
+        types = [event.type for event in events if not event.data.startswith("old")]
+        assert types[0] == ROTATED
+        lines = [line for line in reader.lines if line.startswith("new")]
+        assert lines == new
+
+
+def test_what_is_written_to_a_renamed_log_comes_first(log: Path, read: Read) -> None:
     append(log, "one\n")
     reader = read("")
     reader.wait_for("one")
-    log.rename(log.with_suffix(".1"))
+    old = log.rename(log.with_suffix(".1"))
     log.touch()
     # The writer has the old file still open, until it is told.
-    append(log.with_suffix(".1"), "two\nno end")
+    append(old, "two\nno end")
     reader.wait_for("two")
     append(log, "three\n")
     events = reader.wait_for("three")
+    content = old.read_bytes()
     assert [(event.type, event.id) for event in events] == [
-        ("message", 4),
-        ("message", 8),
-        ("message", 14),  # what is left of a line whose end will not come
-        (ROTATED, 0),
-        ("message", 6),
+        *[("message", id_at(content, offset)) for offset in (4, 8, 14)],
+        (ROTATED, id_at(b"", 0)),
+        ("message", id_at(b"three\n", 6)),
     ]
     assert reader.lines == ["one", "two", "no end", "three"]
 
 
-def test_truncated_as_logrotate_does_with_copytruncate(log: Path, read: Read) -> None:
-    append(log, "one\ntwo\n")
-    reader = read("?lines=1")
-    reader.wait_for("two")
-    os.truncate(log, 0)
-    reader.wait_for_rotations(1)
-    append(log, "three\n")
-    assert reader.wait_for("three")[1:] == [
-        Event(ROTATED, "The log was truncated or replaced. Here is its start.", 0),
-        Event("message", "three", 6),
-    ]
-
-
-def test_truncated_and_grown_again_before_it_is_seen(log: Path, read: Read) -> None:
-    append(log, "one\ntwo\n")
-    reader = read("")
-    reader.wait_for("one", "two")
-    log.write_text("1\n2\n3\nfour\nfive\n")
-    reader.wait_for("1", "2", "3", "four", "five")
-    assert [event.type for event in reader.events][2] == ROTATED
-
-
-def test_removed_and_written_again(log: Path, read: Read) -> None:
-    append(log, "one\n")
-    reader = read("")
-    reader.wait_for("one")
-    log.unlink()
-    append(log, "two\n")
-    assert reader.wait_for("two")[1].type == ROTATED
-
-
-def test_a_symlink_is_switched(log: Path, read: Read) -> None:
-    first, second = log.parent.parent / "first", log.parent.parent / "second"
-    for directory in (first, second):
-        directory.mkdir()
-        append(directory / "app.log", f"{directory.name}\n")
-    log.symlink_to(first / "app.log")
-    reader = read("")
-    append(first / "app.log", "one\n")  # in a directory that is not the link's
-    reader.wait_for("first", "one")
-    log.with_suffix(".new").symlink_to(second / "app.log")
-    log.with_suffix(".new").rename(log)
-    reader.wait_for("second")
-    append(second / "app.log", "two\n")
-    reader.wait_for("second", "two")
-
-
-def test_a_log_that_is_not_there_yet_nor_its_directory(log: Path, read: Read) -> None:
-    log.parent.rmdir()
-    reader = read("")
-    log.parent.mkdir()
-    append(log, "one\n")
-    assert reader.wait_for("one") == [Event("message", "one", 4)]
-    # And once more: the directory goes away, with all that is in it.
-    shutil.rmtree(log.parent)
-    log.parent.mkdir()
-    append(log, "two\n")
-    reader.wait_for("two")
-    append(log, "three\n")
-    reader.wait_for("two", "three")
-
-
-def test_a_name_that_is_no_utf_8_next_to_the_log(log: Path, read: Read) -> None:
-    reader = read()
-    Path(os.fsdecode(os.fsencode(log.parent) + b"/\xff")).touch()
-    lines = [f"line {i}" for i in range(6)]
-    for line in lines:
-        append(log, f"{line}\n")
-        reader.wait_for(line)
-    # Without a watch each line would be seen only after a silence of 10 seconds.
-    assert sum(event.type == "comment" for event in reader.events) < len(lines) - 1
+@pytest.mark.parametrize("size", [100, 5_000, 3_000_000])
+def test_a_hole_is_left_out(log: Path, read: Read, size: int) -> None:
+    """As a writer without O_APPEND leaves it (`program > app.log`) when its log is truncated."""
+    with log.open("wb", buffering=0) as writer:
+        writer.write(b"x" * (size - 1) + b"\n")
+        before = [read("?lines=0"), read("?lines=1")]
+        for count in (1, 2):
+            os.truncate(log, 0)
+            writer.write(b"%d half " % count)
+            writer.write(b"and half\nnext\n")
+            for reader in before:
+                reader.wait_for(f"{count} half and half", "next")
+                assert sum(event.type == ROTATED for event in reader.events) == count
+                assert b"\0" not in reader.raw.body
+        after = [
+            read("?lines=1000"),
+            read("?lines=2"),
+            read("", id_at(log.read_bytes(), log.stat().st_size - 5)),
+        ]
+        writer.write(b"last\n")
+    for reader in after:
+        events = reader.wait_for("last")
+        assert b"\0" not in reader.raw.body
+        assert not any(event.type == ROTATED for event in events[:2])
+    assert after[0].lines == after[1].lines == ["2 half and half", "next", "last"]
 
 
 @pytest.mark.parametrize("how", ["create", "copytruncate"])
@@ -404,7 +448,7 @@ def test_logrotate(log: Path, read: Read, tmp_path: Path, how: str) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITER, log])
     config = tmp_path / "logrotate.conf"
     after = f"postrotate\nkill -HUP {writer.pid}\nendscript" if how == "create" else ""
-    config.write_text(f"{log} {{\nrotate 9\n{how}\n{after}\n}}\n")
+    config.write_text(f"{log} {{\nrotate 9\ncompress\n{how}\n{after}\n}}\n")
     command = [need("logrotate", "logrotate"), "-f", "-s", str(tmp_path / "state"), str(config)]
     try:
         wait_for(log.exists, "the log")
@@ -438,30 +482,82 @@ for number in itertools.count():
 """
 
 
-# Coming back --------------------------------------------------------------------------------------
+# A log that cannot be read now --------------------------------------------------------------------
 
 
-def test_an_id_that_is_not_of_this_file(log: Path, read: Read) -> None:
-    append(log, "one\ntwo\n")
-    # Beyond the end, beyond 64 bits, and where no line ends.
-    for event_id in (9, 10**20, 5):
-        reader = read("", event_id)
-        reader.wait_for("one", "two")
-        assert [event.type for event in reader.events] == [ROTATED, "message", "message"]
-    # The whole file, from before its first byte; and nothing, from its end.
-    read("", 0).wait_for("one", "two")
-    at_the_end = read("", 8)
-    append(log, "three\n")
-    assert at_the_end.wait_for("three") == [Event("message", "three", 14)]
+def no_folder(log: Path) -> None:
+    shutil.rmtree(log.parent)
 
 
-def test_nothing_is_lost_or_doubled_over_kill_9(server: Process, log: Path) -> None:
+def a_file_for_a_folder(log: Path) -> None:
+    shutil.rmtree(log.parent)
+    log.parent.touch()
+
+
+def a_loop(log: Path) -> None:
+    log.symlink_to(log)
+
+
+def a_dangling_link(log: Path) -> None:
+    log.symlink_to(log.parent / "nothing")
+
+
+@pytest.mark.parametrize(
+    "spoil", [no_folder, a_file_for_a_folder, Path.mkdir, os.mkfifo, a_loop, a_dangling_link]
+)
+def test_it_is_waited_for(
+    log: Path, server: Process, read: Read, spoil: Callable[[Path], None]
+) -> None:
+    spoil(log)
+    readers = [read(""), read("?lines=0")]
+
+    def is_told() -> bool:
+        return str(log) in server.log
+
+    for line in ("one", "two"):
+        wait_for(is_told, "a sentence that names the log")
+        clear(log.parent)
+        log.parent.mkdir()
+        append(log, f"{line}\n")
+        for reader in readers:
+            reader.wait_for(line)
+        log.unlink()
+        spoil(log)
+    for reader in readers:
+        assert [event.data for event in reader.events if event.type == "message"] == ["one", "two"]
+    assert "Traceback" not in server.log
+
+
+def test_the_watch_survives_every_exception(start: Start, tmp_path: Path) -> None:
+    """Whatever is thrown into what it calls: it is logged in one line, and all goes on."""
+    log, fault = tmp_path / "app.log", tmp_path / "fault"
+    app = "tests.support.broken_tail:app"
+    server = start_app(start, app, LOG=str(log), FAULT=str(fault))
+    append(log, "one\n")
+    reader = Reader(server, "")
+    try:
+        reader.wait_for("one")
+        for kind in ("PermissionError", "RuntimeError", "MemoryError"):
+            fault.write_text(kind)
+            wait_for(lambda: f"{kind}" in server.log, "the fault in the log")  # noqa: B023
+            append(log, f"{kind}\n")
+            fault.unlink()
+            reader.wait_for(kind)
+        assert reader.lines == ["one", "PermissionError", "RuntimeError", "MemoryError"]
+        assert "Traceback" not in server.log
+    finally:
+        reader.close()
+
+
+# Servers and readers that go away -----------------------------------------------------------------
+
+
+def test_nothing_is_lost_or_repeated_over_kill_9(server: Process, log: Path) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITER, log])
     events: list[Event] = []
     try:
         for _ in range(3):
-            last = events[-1].id if events else 0
-            reader = Reader(server, "", last)
+            reader = Reader(server, "?lines=1000", (events[-1].id or "") if events else "")
             reader.wait_for_lines(100)
             server.kill()
             reader.wait_for_end()
@@ -474,22 +570,22 @@ def test_nothing_is_lost_or_doubled_over_kill_9(server: Process, log: Path) -> N
     assert [event.data for event in events] == [str(number) for number in range(len(events))]
 
 
-# When things end ----------------------------------------------------------------------------------
-
-
-def test_a_reader_hears_in_the_silence_that_the_stream_is_alive(read: Read) -> None:
-    assert read().wait_for("keep-alive") == [Event("comment", "keep-alive", None)]
-
-
-def test_what_inotify_does_not_tell_is_seen_all_the_same(log: Path, read: Read) -> None:
+def test_a_reader_hears_in_the_silence_that_the_stream_is_alive(log: Path, read: Read) -> None:
+    """Also when something is written all the time, but no line ends (a progress bar)."""
     reader = read()
-    append(log, "one\n")
-    reader.wait_for("one")
-    other_name = log.parent.parent / "other"  # in a directory that nobody watches
-    other_name.unlink(missing_ok=True)
-    other_name.hardlink_to(log)
-    append(other_name, "two\n")
-    wait_for(lambda: reader.lines == ["one", "two"], "the second line")
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.wait(1):
+            append(log, "#")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert reader.wait_for("keep-alive") == [Event("comment", "keep-alive", None)]
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_the_server_is_asked_to_stop(server: Process, log: Path, read: Read) -> None:
@@ -506,14 +602,24 @@ def test_the_server_is_asked_to_stop(server: Process, log: Path, read: Read) -> 
     assert "ERROR" not in server.log
 
 
-@pytest.mark.parametrize(
-    ("make", "why"), [(Path.mkdir, "Is a directory"), (os.mkfifo, "Illegal seek")]
-)
-def test_a_log_that_cannot_be_read(
-    log: Path, read: Read, make: Callable[[Path], None], why: str
-) -> None:
-    make(log)
-    reader = read()
-    reader.wait_for_end()
-    assert reader.raw.ended_properly
-    assert reader.events == [Event("failed", f"The log cannot be read: {why}.", None)]
+# The recipe's own log -----------------------------------------------------------------------------
+
+
+def test_without_a_log_it_writes_its_own(start: Start, tmp_path: Path) -> None:
+    """In a copy of the project, and with an empty LOG, as a compose file sets it."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "recipes", root / "recipes", ignore=shutil.ignore_patterns("*.log*"))
+    for name in ("main.py", "page"):
+        (root / name).symlink_to(ROOT / name)
+    log = root / "recipes" / "tail.log"
+    log.write_text("an old line\n" * 200)
+    command = (sys.executable, "-m", "uvicorn", "recipes.tail:app", "--port", "{port}")
+    server = start(*command, env=ENVIRONMENT | {"LOG": ""}, cwd=root)
+    reader = Reader(server, "?lines=0")
+    try:
+        reader.wait_for_lines(2)
+    finally:
+        reader.close()
+    assert log.with_suffix(".log.1").read_text().startswith("an old line\n")
+    assert "old" not in log.read_text()
+    assert [event.type for event in reader.events][-2:] == ["message", "message"]
