@@ -1,11 +1,12 @@
 """How soon recipes/tail.py notices a line, and what it needs while nothing is written.
 
-Run it with `python bench/tail.py` (three minutes, on a machine that does nothing else), or with
+Run it with `python bench/tail.py` (four minutes, on a machine that does nothing else), or with
 `--quick` to see that it works. It prints a table, and writes tail.json and tail.md.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -65,8 +66,21 @@ def append(log: Path, text: str) -> None:
         file.write(text)
 
 
-async def look(server: Server, log: Path, readers: int, lines: int, quiet: float) -> dict[str, Any]:
-    """With so many readers: `quiet` seconds of silence, then single lines, then a burst."""
+async def write_beside(log: Path) -> None:
+    """Write 200 lines a second to ten other files in the log's folder."""
+    for number in itertools.count():
+        append(log.with_name(f"other-{number % 10}.log"), "a line of another log\n" * 2)
+        await asyncio.sleep(0.01)
+
+
+async def look(
+    server: Server, log: Path, readers: int, lines: int, quiet: float, busy: bool = False
+) -> dict[str, Any]:
+    """With so many readers: `quiet` seconds of silence, then single lines, then a burst.
+
+    `busy`: meanwhile, other files in the same folder are written to.
+    """
+    writing = asyncio.create_task(write_beside(log)) if busy else None
     late: list[float] = []
     before = server.memory()
     loop = asyncio.get_running_loop()
@@ -87,11 +101,13 @@ async def look(server: Server, log: Path, readers: int, lines: int, quiet: float
     for _ in range(100):  # the last line may still be on its way
         if len(late) < readers * lines:
             await asyncio.sleep(0.1)
-    seen: dict[str, Any] = {"readers": readers, "idle": idle, "memory": memory}
+    if writing:
+        writing.cancel()
+    seen: dict[str, Any] = {"readers": readers, "busy": busy, "idle": idle, "memory": memory}
     if readers:
         cuts = quantiles(late, n=100, method="inclusive")
         seen |= {"lost": readers * lines - len(late), "late": [median(late), cuts[98], max(late)]}
-    if readers == 1:
+    if readers == 1 and not busy:
         start = time.perf_counter()
         append(log, "a line of the burst, and some text\n" * (BURST - 1) + "the end of the burst\n")
         await connections[0][1].burst
@@ -109,6 +125,7 @@ def measure(readers: tuple[int, ...], lines: int, quiet: float) -> dict[str, Any
             # Whatever is imported or cached with the first reader.
             asyncio.run(look(server, log, 1, 2, 0.1))
             seen = [asyncio.run(look(server, log, count, lines, quiet)) for count in readers]
+            seen.append(asyncio.run(look(server, log, readers[-2], lines, quiet, busy=True)))
     return {"heading": heading(), "lines": lines, "seen": seen}
 
 
@@ -120,8 +137,20 @@ def render(results: dict[str, Any]) -> str:
         late = [f"{value * 1000:.0f}" for value in seen.get("late", ())] or ["", "", ""]
         memory = f"{seen['memory'] / seen['readers'] / 1000:.0f}" if seen["readers"] > 1 else ""
         lost = str(seen.get("lost", ""))
-        rows.append([f"{seen['readers']:,}", f"{seen['idle'] * 100:.2f}", *late, lost, memory])
-    head = ["readers", "idle CPU %", "late p50 ms", "p99 ms", "max ms", "lost", "KB for a reader"]
+        folder = "200 lines a second" if seen["busy"] else ""
+        rows.append(
+            [f"{seen['readers']:,}", folder, f"{seen['idle'] * 100:.2f}", *late, lost, memory]
+        )
+    head = [
+        "readers",
+        "other files",
+        "idle CPU %",
+        "late p50 ms",
+        "p99 ms",
+        "max ms",
+        "lost",
+        "KB for a reader",
+    ]
     (burst,) = (seen["burst"] for seen in results["seen"] if "burst" in seen)
     return (
         f"Measured on {about['date']}: {about['machine']}. {about['versions']}.\n\n"

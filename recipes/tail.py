@@ -6,26 +6,24 @@ a feed instead when several servers write, or when readers may be away for longe
     LOG=/var/log/syslog uvicorn recipes.tail:app --reload
     curl -N "localhost:8000/log?lines=3"
 
-Without `LOG` it follows `tail.log`, next to this file, and writes a line a second to it. The page
-at `/` shows the log, and beside it what is on the wire.
+Without `LOG` it follows `tail.log`, next to this file, and writes a line a second to it.
 """
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
-from random import choice, randrange
+from random import randrange
 from typing import Annotated
 from zlib import crc32
 
 from fastapi import FastAPI, Header, Query, Response
 
 from main import EndStreams, Stream
-from recipes.common import keep_going, prepare
+from recipes.common import keep_going, logger, prepare
 
 LOG = Path(os.environ.get("LOG") or Path(__file__).with_name("tail.log")).absolute()
 LOOK = 0.1  # seconds between two looks at the file
@@ -34,46 +32,49 @@ MAX_LINE = 1024 * 1024  # bytes; a longer line is sent in pieces
 BLOCK = 64 * 1024  # bytes that are read at once
 CHECKED = 256  # bytes before an offset that tell whether the file is still the same
 
-SSE = "text/event-stream"
-logger = logging.getLogger("uvicorn.error")
-ROTATED = b"event: rotated\nid: 0-00000000\ndata: The log was truncated or replaced.\n\n"
-
 # 1. The file, and one look at it for all readers --------------------------------------------------
 
 
-def read_at(file: FileIO, start: int, end: int) -> bytes:
-    return os.pread(file.fileno(), end - max(start, 0), max(start, 0))
+class LogFile(FileIO):
+    """A file that is the log, or was until `next` took its place. Its readers keep it open."""
+
+    next: "LogFile | None" = None
+
+    def size(self) -> int:
+        return os.fstat(self.fileno()).st_size
+
+    def read_at(self, start: int, end: int) -> bytes:
+        return os.pread(self.fileno(), end - max(start, 0), max(start, 0))
 
 
 class Watch:
     """Looks at the log for all readers, and wakes them when it has changed.
 
-    inotify would also tell of each write to any other file in the folder, a user has only 128 of
-    its instances, and it sees nothing on a network disk.
+    inotify would also tell of each write to other files in the folder, and it sees nothing that
+    happens on a network disk.
     """
 
     def __init__(self) -> None:
-        self.file: FileIO | None = None
+        self.file: LogFile | None = None
         self.seen: object = None
         self.problem = ""
         self.changed = asyncio.Event()
 
-    def open(self) -> FileIO | None:
-        """Return the file that the log is now, None if there is none. Its readers share it.
-
-        They keep it open, so the end of a renamed or removed file is not lost.
-        """
+    def open(self) -> LogFile | None:
+        """Return the file that is the log now; None, and a word to the server's log, if none is."""
         try:
             status = LOG.stat()
             if not self.file or not os.path.samestat(status, os.fstat(self.file.fileno())):
                 if not LOG.is_file():  # to open a named pipe would wait for its writer
                     raise OSError(f"{LOG} is not a file")
-                self.file = FileIO(LOG)
+                old, self.file = self.file, LogFile(LOG)
+                if old:
+                    old.next = self.file
             self.problem = ""
             return self.file
         except Exception as error:  # whatever it is, the next look may find it well again
             if str(error) != self.problem:
-                logger.warning("LOG is waited for: %s", error)
+                logger.warning("LOG is waited for: %s: %s", type(error).__name__, error)
             self.problem = str(error)
             return None
 
@@ -104,11 +105,11 @@ def to_sse(line: bytes, event_id: str) -> bytes:
     return f"id: {event_id}\ndata: {text}\n\n".encode()
 
 
-def find_last_lines(file: FileIO, count: int, end: int) -> Generator[bytes, None, int]:
+def find_last_lines(file: LogFile, count: int, end: int) -> Generator[bytes, None, int]:
     """Return the offset at which the last `count` complete lines before `end` begin."""
     while end > 0:
         start = max(end - BLOCK, 0)
-        block = read_at(file, start, end)
+        block = file.read_at(start, end)
         if len(block) < end - start or not block.strip(b"\0"):
             break  # truncated meanwhile, or a hole
         before, *ends = block.rsplit(b"\n", count + 1)
@@ -123,8 +124,7 @@ def find_last_lines(file: FileIO, count: int, end: int) -> Generator[bytes, None
 def read_log(lines: int, last_id: str) -> Generator[bytes | None]:
     """Yield the last lines, or those after the id, then new ones, as events; None: no more yet."""
     file = watch.open()
-    offset = os.fstat(file.fileno()).st_size if file else 0
-    yield b"retry: 1000\n\n"  # ms; who has this misses nothing that is written from now on
+    offset = file.size() if file else 0
     while not (file := file or watch.open()):
         yield None
     if last_id:
@@ -133,37 +133,42 @@ def read_log(lines: int, last_id: str) -> Generator[bytes | None]:
         offset = yield from find_last_lines(file, lines, offset)
     while True:
         file = yield from read_file(file, offset, last_id)
-        yield ROTATED
+        yield b"event: rotated\nid: 0-00000000\ndata: The log was truncated or replaced.\n\n"
         offset, last_id = 0, ""
 
 
-def read_file(file: FileIO, offset: int, last_id: str) -> Generator[bytes | None, None, FileIO]:
+def read_file(file: LogFile, offset: int, last_id: str) -> Generator[bytes | None, None, LogFile]:
     """Yield what `read_log` does. Return the file to go on with, from its start."""
-    known = read_at(file, offset - CHECKED, offset)
+    known = file.read_at(offset - CHECKED, offset)
     if len(known) < min(offset, CHECKED) or last_id not in ("", id_at(offset, known)):
         return file  # not the one of the id, even if a line happens to end at the same place
     line = b""  # a line that has not ended yet
     while True:
-        # Asked before reading: when something is in a new file, the writer has left this one.
-        now = watch.open()
-        replaced = now and now is not file and os.fstat(now.fileno()).st_size > 0
-        data = read_at(file, offset - len(known), offset + BLOCK)
+        # Asked before reading. While a new file is empty, the writer may still write to this one.
+        follower = file.next
+        replaced = follower and (follower.size() > 0 or follower.next)
+        data = file.read_at(offset - len(known), offset + BLOCK)
         if not data.startswith(known):
             return file  # it was truncated, even if it has grown again since
-        if data == known and now and replaced:
+        if data == known and follower and replaced:
             if line:
                 yield to_sse(line, id_at(offset, known))  # it will not get an end any more
-            return now
+            return follower
         if data == known:
             yield None
             continue
+        if not line and data[len(known)] == 0:
+            # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
+            # https://github.com/logrotate/logrotate/issues/286
+            with suppress(OSError):  # nothing is behind it yet
+                offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
+            known = file.read_at(offset - CHECKED, offset)
+            data = known + file.read_at(offset, offset + BLOCK)
         start, at, events = offset - len(known), len(known), []
         while (newline := data.find(b"\n", at)) >= 0:
             line, at = line + data[at:newline], newline + 1
             events.append(to_sse(line, id_at(start + at, data[max(at - CHECKED, 0) : at])))
             line = b""
-        # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
-        # https://github.com/logrotate/logrotate/issues/286
         line = (line + data[at:]).lstrip(b"\0")
         offset, known = start + len(data), data[-CHECKED:]
         if len(line) >= MAX_LINE:
@@ -176,8 +181,11 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
     """Yield what `read_log` does; wait for the watch when there is nothing more."""
     clock = asyncio.get_running_loop().time
     due = clock() + KEEP_ALIVE
+    retry = b"retry: 1000\n\n"  # ms
     changed = watch.changed  # taken before each look: nothing can happen in between
     for events in read_log(lines, last_id):
+        if retry and events != b"":  # whoever has this will get all that is written from now on
+            events, retry = retry + (events or b""), b""
         if not events and clock() >= due:
             events = b": keep-alive\n\n"
         if events:
@@ -195,12 +203,13 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
 
 
 async def write_a_line() -> None:
-    """Write a line, and wait a second. After 40 lines begin a new file, as logrotate does."""
-    if LOG.exists() and LOG.stat().st_size > 1500:
+    """Write a line, and wait a second. After half a minute begin a new file, as logrotate does."""
+    if LOG.exists() and LOG.stat().st_size > 1000:
         LOG.replace(LOG.with_suffix(".log.1"))
-    path, ms = choice(["/", "/orders", "/orders/17"]), randrange(1, 100)
     with LOG.open("a") as log:
-        log.write(f"{datetime.now():%H:%M:%S} GET {path} 200 in {ms} ms\n")
+        log.write(
+            f"{datetime.now().time().isoformat('milliseconds')} GET /orders/{randrange(100)}\n"
+        )
     await asyncio.sleep(1)
 
 
@@ -219,10 +228,10 @@ app.add_middleware(EndStreams)
 prepare(app, page="tail.html")
 
 
-@app.get("/log", response_class=Response, responses={200: {"content": {SSE: {}}}})
+@app.get("/log", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def log(
     lines: Annotated[int, Query(ge=0, le=1000, description="How many of the last lines.")] = 10,
     last_event_id: Annotated[str, Header(pattern="^([0-9]{1,18}-[0-9a-f]{8})?$")] = "",
 ) -> Stream:
     """The log's last lines, or those after an event, then each new one when it is written."""
-    return Stream(follow(lines, last_event_id), media_type=SSE)
+    return Stream(follow(lines, last_event_id), media_type="text/event-stream")

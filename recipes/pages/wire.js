@@ -114,7 +114,10 @@ export class Source {
         return { state: "failed", sentence, again: response.status >= 500, after };
       }
       if (!type.startsWith("text/event-stream")) {
-        return { state: "failed", sentence: `The answer is not a stream of events, but “${type}”.` };
+        return {
+          state: "failed",
+          sentence: `The answer is not a stream of events, but “${type}”.`,
+        };
       }
       this.#tell("open", "Connected.");
       const body = response.body.pipeThrough(new TextDecoderStream()).getReader();

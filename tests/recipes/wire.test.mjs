@@ -31,8 +31,10 @@ const body = (...pieces) =>
     }
     response.end();
   };
-const status = (code, headers = {}, text = "") => (response) =>
-  response.writeHead(code, headers).end(text);
+const status =
+  (code, headers = {}, text = "") =>
+  (response) =>
+    response.writeHead(code, headers).end(text);
 const over = status(204);
 
 /** Read until "over" or "failed"; return the events, the states and the last sentence. */
