@@ -1,14 +1,11 @@
-"""Read the NDJSON stream like a collection, with aiohttp.
+"""Read the NDJSON stream like a collection, with aiohttp: each event once, complete, in order.
 
-Run `python client_async.py [URL]`, or use it from a program of your own:
+Run `python client_async.py [URL]`, or copy this file and use it in a program of your own:
 
-    from client_async import read_events
-
-    async for event in read_events("http://localhost:8000/ndjson"):
+    async for event in client_async.read_events("http://localhost:8000/ndjson"):
         print(event["data"])
 
-Each event comes once, in order and whole. Where the stream breaks off, it is resumed after the last
-event that came. To leave the loop early, put the iterator into `contextlib.aclosing`.
+If the stream breaks off, it is resumed. To leave the loop early, use `contextlib.aclosing`.
 """
 
 from __future__ import annotations
@@ -19,243 +16,202 @@ import logging
 import random
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TypedDict, cast
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from ssl import SSLError
+from typing import Any, TypedDict
 
 import aiohttp
-from aiohttp.http_exceptions import LineTooLong
-
-CONNECT_TIMEOUT = 5.0  # seconds
-STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
-GIVE_UP_AFTER = 30.0  # seconds without a new event
-FIRST_DELAY = 0.2  # seconds before the stream is resumed; each further attempt waits longer
-MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, a line that never ends would take all memory
-
-logger = logging.getLogger(__name__)
+from aiohttp.http_exceptions import ContentLengthError, LineTooLong, TransferEncodingError
+from yarl import URL
 
 
 async def read_events(url: str) -> AsyncGenerator[Event]:
-    """Yield the events of the NDJSON stream at `url` as they arrive, each once and in order.
-
-    Where the connection is cut or stalls, or the server fails (5xx), the stream is resumed with
-    `Last-Event-ID`: after 0.2 seconds, then waiting half as long again each time. The first loss
-    after an event is logged as a warning.
-
-    Raises:
-        StreamError: nobody listens at the start; the answer is no stream of events (4xx, not JSON,
-            an event missing); 30 seconds have passed without a new event.
-    """
-    last_event_id: int | None = None
-    patience = Patience(url)
+    """Yield the events of the NDJSON stream at `url` as they arrive, or raise StreamError."""
+    resume = Resume(url)
     while True:
-        try:
-            async with open_stream(url, last_event_id) as response:
-                if response.status == 204:  # nothing is left after last_event_id
+        with resume:  # whatever goes wrong leads to another attempt, or to a StreamError
+            async with (
+                new_session() as session,
+                await in_time(session.get(url, headers=resume.headers), resume) as response,
+            ):
+                if response.status == 204:  # No Content: nothing is left to read
                     return
-                # The last attempt, made at the deadline, has the time to bring an event as well.
-                at_least_until = time.monotonic() + CONNECT_TIMEOUT
-                while line := await read_line(response, max(patience.deadline, at_least_until)):
-                    event = parse_event(line, url)
-                    if event is None or not is_new(event, last_event_id, url):
-                        continue
-                    yield event
-                    if event["is_last_event"]:
-                        return
-                    last_event_id = event["event_id"]
-                    patience.begin_anew()
-                raise ConnectionLost("the server ended it early")
-        except ConnectionLost as lost:
-            await asyncio.sleep(patience.wait_after(lost, last_event_id))
+                await check_status(response, url)
+                body = response.content
+                while line := await in_time(body.readline(max_line_length=MAX_LINE), resume):
+                    if event := new_event(line, resume.last_event_id, url):
+                        yield event
+                        if event["is_last_event"]:
+                            return
+                        resume.after(event)
+                raise ConnectionError("the server ended it early")
+        await asyncio.sleep(resume.pause)
 
 
-@asynccontextmanager
-async def open_stream(url: str, last_event_id: int | None) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Send the request and give the answer, 200 or 204, with its body still to be read."""
-    headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
-    # Without `total=None` aiohttp ends every stream after five minutes.
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=CONNECT_TIMEOUT, sock_read=STALL_TIMEOUT
-    )
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        try:
-            response = await session.get(url, headers=headers)
-        except aiohttp.ClientSSLError as error:
-            raise CannotConnect("the TLS handshake failed") from error
-        except aiohttp.ClientConnectorError as error:
-            raise CannotConnect("nobody listens there") from error
-        except aiohttp.ConnectionTimeoutError as error:
-            raise CannotConnect("nobody answers there") from error
-        except TimeoutError as error:
-            raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
-        except aiohttp.TooManyRedirects as error:
-            raise StreamError(f"{url} redirects without end. Check the address.") from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientResponseError) as error:
-            raise ConnectionLost("the answer was cut off or is no HTTP") from error
-        except (aiohttp.ClientError, ValueError) as error:
-            raise StreamError(
-                f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/ndjson."
-            ) from error
-        async with response:
-            status = f"{response.status} {response.reason}".rstrip()
-            if response.status >= 500:
-                raise ConnectionLost(f"the server answered {status}")
-            if response.status not in (200, 204):
-                raise StreamError(
-                    f"{url} answered {status}, not a stream: {await start_of_body(response)!r}. "
-                    "Check the address and its parameters."
-                )
-            yield response
+CONNECT_TIMEOUT, STALL_TIMEOUT = 5.0, 15.0  # seconds; the server is silent for at most 10
+GIVE_UP_AFTER, FIRST_DELAY = 30.0, 0.2  # seconds without a new event; before the first retry
+MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, an endless line would take all memory
+logger = logging.getLogger(__name__)
+NO_CONNECTION = (
+    aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.ClientHttpProxyError
+)
 
 
-async def start_of_body(response: aiohttp.ClientResponse) -> str:
-    """Return what an answer that is no stream says, or "" if that was cut, stalls or is damaged."""
-    try:
-        return (await response.content.read(300)).decode(errors="ignore")
-    except (aiohttp.ClientError, OSError):
-        return ""
+def new_session() -> aiohttp.ClientSession:
+    """Return a session for one attempt; the defaults of aiohttp are not made for streams."""
+    # A session without a timeout of its own ends every stream after five minutes.
+    timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT, sock_read=STALL_TIMEOUT)
+    # As requests does: use the environment's proxies, take headers of 64 KB (the default is 8 KB).
+    return aiohttp.ClientSession(timeout=timeout, trust_env=True, max_field_size=64 * 1024)
 
 
-async def read_line(response: aiohttp.ClientResponse, deadline: float) -> bytes:
-    """Return the next line as soon as it is there whole, or `b""` at the end of the body."""
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            # Without `max_line_length` aiohttp refuses a line of more than 512 KB.
-            return await response.content.readline(max_line_length=MAX_LINE)
-    except aiohttp.SocketTimeoutError as error:
-        raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
-    except TimeoutError as error:  # bytes trickle in, but never a whole event
-        raise ConnectionLost("no whole event came in time") from error
-    except LineTooLong as error:
-        raise StreamError(
-            f"{response.url} sent a line of over {MAX_LINE} bytes. Check the address."
-        ) from error
-    # RuntimeError is all that aiohttp says of a damaged chunk that came while nobody was reading.
-    except (aiohttp.ClientError, OSError, RuntimeError) as error:
-        raise ConnectionLost("the connection was cut") from error
+async def in_time(work: Awaitable[Any], resume: Resume) -> Any:
+    """Await `work`, at most until it is time to give up."""
+    # `sock_read` lets bytes trickle in for ever, and an interim answer (103) stops its clock.
+    async with asyncio.timeout(resume.until - time.monotonic()):
+        return await work
 
 
-# What follows, down to `is_new`, is the same in client_sync.py, to the letter ---------------------
+async def check_status(response: aiohttp.ClientResponse, url: str) -> None:
+    """Raise what an answer other than 200 OK means."""
+    code, text = response.status, ""
+    status = f"{code} {response.reason}".rstrip()
+    if code in (408, 425, 429) or code >= 500:  # each of these asks to try again later
+        raise ConnectionError(f"the server answered {status}")
+    if code != 200:
+        with suppress(aiohttp.ClientError, OSError):  # cut, silent or damaged
+            text = (await response.content.read(300)).decode(errors="ignore")
+        raise StreamError(f"{url} answered {status}, not a stream: {text!r}. Check the address.")
+
+
+def explain(error: Exception, url: str, at_the_start: bool) -> str:
+    """Return what went wrong, if another attempt may help; else raise StreamError."""
+    cause = error  # libraries wrap errors in errors; the innermost one says best what happened
+    while isinstance(inner := cause.__cause__ or [None, *cause.args][-1], Exception):
+        cause = inner
+    match cause:
+        case ConnectionRefusedError():
+            reason = "nobody listens there"
+        case ConnectionError(errno=int()) | ContentLengthError() | TransferEncodingError():
+            reason = "the connection was cut"
+        case TimeoutError():
+            reason = "it timed out"
+        case SSLError():
+            reason = f"TLS failed, {cause.strerror}"
+        case OSError():
+            reason = str(cause.strerror or cause)
+        case _:
+            words = getattr(cause, "message", cause)
+            reason = " ".join(f"{type(cause).__name__}: {words}".split())
+    match error:
+        case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
+            reason = f"the proxy failed ({reason})"
+        case aiohttp.ClientConnectorError(host=host, port=port):
+            if (host, port) != (URL(url).raw_host, URL(url).port):
+                reason = f"it redirects to {host}:{port}, and {reason}"
+        case aiohttp.TooManyRedirects():
+            raise StreamError(f"{url} redirects too often. Check the address.") from error
+        case LineTooLong():
+            raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
+        case ValueError() | aiohttp.NonHttpUrlClientError():
+            advice = "Expected an address such as http://localhost:8000/ndjson."
+            raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
+    if at_the_start and isinstance(error, NO_CONNECTION):
+        advice = "Start the server with `uvicorn main:app`, or check the address."
+        raise StreamError(f"Cannot connect to {url}: {reason}. {advice}") from error
+    return reason
+
+
+# What follows, down to `new_event`, is the same in client_sync.py, to the letter ----------
 
 
 class Event(TypedDict):
-    """One event, as the server sent it."""
-
     event_id: int
     data: str
     is_last_event: bool
 
 
 class StreamError(Exception):
-    """The stream could not be read to its end: one sentence, why and what to do."""
+    """The stream could not be read to its end: one sentence says why, and what to do."""
 
 
-class ConnectionLost(Exception):
-    """This connection is of no more use, another one may be."""
-
-
-class CannotConnect(ConnectionLost):
-    """Nobody listens: at the start that is told at once, later the server may come back."""
-
-
-class Patience:
-    """When a reader comes back after a loss, and when it gives up."""
+class Resume:
+    """Where and when to resume. `with resume:` goes around each attempt to read the stream."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.ever_connected = False
-        self.begin_anew()
+        self.after(None)
 
-    def begin_anew(self) -> None:
-        """A new event came."""
+    def after(self, event: Event | None) -> None:
+        """From now on, resume after this event; None is the start of the stream."""
+        self.last_event_id = event["event_id"] if event else -1
+        self.headers = {"Last-Event-ID": str(self.last_event_id)} if event else {}
         self.deadline = time.monotonic() + GIVE_UP_AFTER
         self.delay = FIRST_DELAY
 
-    def wait_after(self, lost: ConnectionLost, last_event_id: int | None) -> float:
-        """Return the seconds until the next attempt, each time half as long again.
+    def __enter__(self) -> None:
+        # The last attempt, made at the deadline, has the time to bring an event too.
+        self.until = max(self.deadline, time.monotonic() + CONNECT_TIMEOUT)
 
-        Raises:
-            StreamError: the reader gives up, or nobody listened at the start.
-        """
-        if isinstance(lost, CannotConnect) and not self.ever_connected:
-            raise StreamError(
-                f"Cannot connect to {self.url}: {lost}. "
-                "Start the server with `uvicorn main:app`, or check the address."
-            ) from lost
-        self.ever_connected = True
-        where = "at the start" if last_event_id is None else f"after event {last_event_id}"
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        """Set `pause`, the seconds until the next attempt, or raise StreamError."""
+        if not isinstance(error, Exception) or isinstance(error, StreamError):
+            return False
+        first_time = self.delay == FIRST_DELAY
+        reason = explain(error, self.url, at_the_start=first_time and not self.headers)
+        where = f"after event {self.last_event_id}" if self.headers else "at the start"
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise StreamError(
                 f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
-                f"at last because {lost}. Check the server, then try again."
-            ) from lost
-        if self.delay == FIRST_DELAY:
-            logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
-        # Not to the millisecond, or all the readers of a server come back in one moment.
-        wait = min(self.delay * random.uniform(0.9, 1.1), remaining)
+                f"at last because {reason}. Check the server, then try again."
+            ) from error
+        if first_time:
+            logger.warning("The stream broke off %s (%s); resuming it.", where, reason)
+        # Not to the millisecond, or all the readers of a server come back at the same moment.
+        self.pause = min(self.delay * random.uniform(0.9, 1.1), remaining)
         self.delay *= 1.5
-        return wait
+        return True
 
 
-def parse_event(line: bytes, url: str) -> Event | None:
-    """Return the event in this line, or None for an empty line and for one that was cut off.
-
-    Raises:
-        StreamError: the line is no event.
-    """
-    if not line.strip():
-        return None
+def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
+    """Return the event in this line; None if it is empty, cut off, or sent a second time."""
     if len(line) >= MAX_LINE:
         raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
     try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
-        if line.startswith(b"{") and not line.endswith(b"\n"):
-            return None  # cut in the middle: the event comes again when the stream is resumed
+        event: Event | None = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+        if not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n")):
+            return None  # what was cut off comes again when the stream is resumed
         event = None
     match event:
-        case {"event_id": int(), "data": str(), "is_last_event": bool()}:
-            return cast(Event, event)
-    raise StreamError(
-        f"{url} sent a line that is no event: {line[:60]!r}. "
-        "Expected JSON with event_id, data and is_last_event; check the address."
-    )
+        case {"event_id": int(event_id), "data": str(), "is_last_event": bool()}:
+            if event_id > last_event_id + 1:
+                missing = f"event {event_id} where event {last_event_id + 1} was expected"
+                advice = "events are lost. Read the stream again from its start."
+                raise StreamError(f"{url} sent {missing}: {advice}")
+            return event if event_id == last_event_id + 1 else None
+    advice = "Expected JSON with event_id, data and is_last_event; check the address."
+    raise StreamError(f"{url} sent a line that is not an event: {line[:60]!r}. {advice}")
 
 
-def is_new(event: Event, last_event_id: int | None, url: str) -> bool:
-    """Tell whether the event is the next one, and not one that a server sends a second time.
+def show_events(url: str, show: Callable[[str], None]) -> None:
+    """Read a stream of NDJSON events and print each one when it arrives."""
 
-    Raises:
-        StreamError: events are missing before this one.
-    """
-    expected = 0 if last_event_id is None else last_event_id + 1
-    if event["event_id"] > expected:
-        raise StreamError(
-            f"{url} sent event {event['event_id']} where event {expected} was expected: events are "
-            "lost. Read the stream again from its start."
-        )
-    return event["event_id"] == expected
+    async def show_all() -> None:
+        async for event in read_events(url):
+            show(json.dumps(event, ensure_ascii=False))
 
-
-# In a terminal ------------------------------------------------------------------------------------
+    asyncio.run(show_all())
 
 
 def main() -> int:
-    """Print the events of the stream as they arrive; return the exit status."""
     try:
-        from client import Terminal  # only here: `read_events` needs no other file
+        from client import run  # only here: `read_events` needs no other file
     except ImportError as error:
         sys.exit(f"Printing needs client.py in this folder too ({error}); read_events does not.")
-
-    async def show_events(terminal: Terminal) -> None:
-        async for event in read_events(terminal.url):
-            terminal.show(json.dumps(event, ensure_ascii=False))
-
-    about = "Read a stream of NDJSON events and print each one when it arrives."
-    with Terminal(about, "http://localhost:8000/ndjson", "events", StreamError) as terminal:
-        asyncio.run(show_events(terminal))
-    return terminal.status
+    return run(show_events, "http://localhost:8000/ndjson", "events", StreamError)
 
 
 if __name__ == "__main__":

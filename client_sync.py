@@ -1,14 +1,11 @@
-"""Read the NDJSON stream like a collection, with requests.
+"""Read the NDJSON stream like a collection, with requests: each event once, complete, in order.
 
-Run `python client_sync.py [URL]`, or use it from a program of your own:
+Run `python client_sync.py [URL]`, or copy this file and use it in a program of your own:
 
-    from client_sync import read_events
-
-    for event in read_events("http://localhost:8000/ndjson"):
+    for event in client_sync.read_events("http://localhost:8000/ndjson"):
         print(event["data"])
 
-Each event comes once, in order and whole. Where the stream breaks off, it is resumed after the last
-event that came.
+If the stream breaks off, it is resumed after the last event that arrived.
 """
 
 from __future__ import annotations
@@ -19,243 +16,198 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Iterator
-from typing import TypedDict, cast
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import IncompleteRead
+from ssl import SSLError
+from typing import TypedDict
 
 import requests
-from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
-
-CONNECT_TIMEOUT = 5.0  # seconds
-STALL_TIMEOUT = 15.0  # seconds without a byte; the server is never silent for more than 10
-GIVE_UP_AFTER = 30.0  # seconds without a new event
-FIRST_DELAY = 0.2  # seconds before the stream is resumed; each further attempt waits longer
-MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, a line that never ends would take all memory
-
-logger = logging.getLogger(__name__)
+from urllib3.exceptions import HTTPError, MaxRetryError
 
 
 def read_events(url: str) -> Iterator[Event]:
-    """Yield the events of the NDJSON stream at `url` as they arrive, each once and in order.
-
-    Where the connection is cut or stalls, or the server fails (5xx), the stream is resumed with
-    `Last-Event-ID`: after 0.2 seconds, then waiting half as long again each time. The first loss
-    after an event is logged as a warning.
-
-    Raises:
-        StreamError: nobody listens at the start; the answer is no stream of events (4xx, not JSON,
-            an event missing); 30 seconds have passed without a new event.
-    """
-    last_event_id: int | None = None
-    patience = Patience(url)
+    """Yield the events of the NDJSON stream at `url` as they arrive, or raise StreamError."""
+    resume = Resume(url)
+    timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
     while True:
-        try:
-            with open_stream(url, last_event_id) as response:
-                if response.status_code == 204:  # nothing is left after last_event_id
-                    return
-                lines = io.BufferedReader(LiveBody(response, patience), buffer_size=64 * 1024)
-                while line := lines.readline(MAX_LINE):
-                    event = parse_event(line, url)
-                    if event is None or not is_new(event, last_event_id, url):
-                        continue
+        with (
+            resume,  # whatever goes wrong leads to another attempt, or to a StreamError
+            requests.get(url, headers=resume.headers, timeout=timeout, stream=True) as response,
+        ):
+            if response.status_code == 204:  # No Content: nothing is left to read
+                return
+            check_status(response, url)
+            lines = io.BufferedReader(Arrived(response, resume), buffer_size=64 * 1024)
+            while line := lines.readline(MAX_LINE):
+                if event := new_event(line, resume.last_event_id, url):
                     yield event
                     if event["is_last_event"]:
                         return
-                    last_event_id = event["event_id"]
-                    patience.begin_anew()
-                raise ConnectionLost("the server ended it early")
-        except ConnectionLost as lost:
-            time.sleep(patience.wait_after(lost, last_event_id))
+                    resume.after(event)
+            raise ConnectionError("the server ended it early")
+        time.sleep(resume.pause)
 
 
-def open_stream(url: str, last_event_id: int | None) -> requests.Response:
-    """Send the request and return the answer, 200 or 204, with its body still to be read."""
-    headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
-    timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
-    try:
-        response = requests.get(url, headers=headers, timeout=timeout, stream=True)
-    except requests.Timeout as error:
-        if isinstance(error, requests.ConnectTimeout):
-            raise CannotConnect("nobody answers there") from error
-        raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
-    except requests.exceptions.SSLError as error:
-        raise CannotConnect("the TLS handshake failed") from error
-    except requests.ConnectionError as error:
-        if isinstance(error.args[0], MaxRetryError):  # it never got as far as a connection
-            raise CannotConnect("nobody listens there") from error
-        raise ConnectionLost("the answer was cut off or is no HTTP") from error
-    except (requests.RequestException, HTTPError, ValueError) as error:
-        raise StreamError(
-            f"Cannot read {url} ({error}). Expected an address such as http://localhost:8000/ndjson."
-        ) from error
-    status = f"{response.status_code} {response.reason}".rstrip()
-    if response.status_code >= 500:
-        response.close()
-        raise ConnectionLost(f"the server answered {status}")
-    if response.status_code not in (200, 204):
-        with response:
-            raise StreamError(
-                f"{url} answered {status}, not a stream: {start_of_body(response)!r}. "
-                "Check the address and its parameters."
-            )
-    return response
+CONNECT_TIMEOUT, STALL_TIMEOUT = 5.0, 15.0  # seconds; the server is silent for at most 10
+GIVE_UP_AFTER, FIRST_DELAY = 30.0, 0.2  # seconds without a new event; before the first retry
+MAX_LINE = 64 * 1024 * 1024  # bytes; without a limit, an endless line would take all memory
+logger = logging.getLogger(__name__)
 
 
-def start_of_body(response: requests.Response) -> str:
-    """Return what an answer that is no stream says, or "" if that was cut, stalls or is damaged."""
-    try:
-        return response.raw.read1(300, decode_content=True).decode(errors="ignore")
-    except (HTTPError, OSError):
-        return ""
+class Arrived(io.RawIOBase):
+    """The body of an answer as a file that returns what has arrived, without waiting for more.
 
-
-class LiveBody(io.RawIOBase):
-    """The body of an answer as a file that gives what has arrived, without waiting for more.
-
-    `response.raw.readline()` would ask for one byte at a time, `response.iter_lines()` for 512
-    bytes, however many events those are. `read1` takes what is there; `io.BufferedReader` cuts it
-    into lines, in C.
+    `response.raw.readline()` would ask for one byte at a time; `response.iter_lines()` for 512, and
+    unless the answer is chunked, it would wait for all of them. `read1` returns what is there, and
+    `io.BufferedReader` cuts it into lines, in C.
     """
 
-    def __init__(self, response: requests.Response, patience: Patience) -> None:
-        self.raw = response.raw
-        self.patience = patience
-        # The last attempt, made at the deadline, has the time to bring an event as well.
-        self.at_least_until = time.monotonic() + CONNECT_TIMEOUT
+    def __init__(self, response: requests.Response, resume: Resume) -> None:
+        self.raw, self.resume = response.raw, resume
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        # Bytes trickle in, but never a whole event.
-        if time.monotonic() > max(self.patience.deadline, self.at_least_until):
-            raise ConnectionLost("no whole event came in time")
-        try:
-            data = self.raw.read1(len(buffer), decode_content=True)
-        except ReadTimeoutError as error:
-            raise ConnectionLost(f"nothing came for {STALL_TIMEOUT:.0f} seconds") from error
-        except (HTTPError, OSError) as error:
-            raise ConnectionLost("the connection was cut") from error
+        if time.monotonic() > self.resume.until:  # bytes trickle in, but never a complete event
+            raise ConnectionError("no complete event came in time")
+        data = self.raw.read1(len(buffer), decode_content=True)
         buffer[: len(data)] = data
         return len(data)
 
 
-# What follows, down to `is_new`, is the same in client_async.py, to the letter --------------------
+def check_status(response: requests.Response, url: str) -> None:
+    """Raise what an answer other than 200 OK means."""
+    code, text = response.status_code, ""
+    status = f"{code} {response.reason}".rstrip()
+    if code in (408, 425, 429) or code >= 500:  # each of these asks to try again later
+        raise ConnectionError(f"the server answered {status}")
+    if code in range(102, 200):  # https://github.com/python/cpython/issues/42550
+        status += " (requests does not read past this interim answer, client_async.py does)"
+    if code != 200:
+        with suppress(HTTPError, OSError):  # cut, silent or damaged: the status says enough
+            text = response.raw.read1(300, decode_content=True).decode(errors="ignore")
+        raise StreamError(f"{url} answered {status}, not a stream: {text!r}. Check the address.")
+
+
+def explain(error: Exception, url: str, at_the_start: bool) -> str:
+    """Return what went wrong, if another attempt may help; else raise StreamError."""
+    cause = error  # libraries wrap errors in errors; the innermost one says best what happened
+    while isinstance(inner := cause.__cause__ or [None, *cause.args][-1], Exception):
+        cause = inner
+    match cause:
+        case ConnectionRefusedError():
+            reason = "nobody listens there"
+        case ConnectionError(errno=int()) | IncompleteRead():
+            reason = "the connection was cut"
+        case TimeoutError():
+            reason = "it timed out"
+        case SSLError():
+            reason = f"TLS failed, {cause.strerror}"
+        case OSError():
+            reason = str(cause.strerror or cause)
+        case _:
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+    if isinstance(error, requests.exceptions.ProxyError):
+        reason = f"the proxy failed ({reason})"
+    match error:
+        case requests.ConnectionError(args=[MaxRetryError()], request=request) if at_the_start:
+            if request and request.url != requests.Request("GET", url).prepare().url:
+                reason = f"it redirects to {request.url}, and {reason}"
+            advice = "Start the server with `uvicorn main:app`, or check the address."
+            raise StreamError(f"Cannot connect to {url}: {reason}. {advice}") from error
+        case ConnectionError() | requests.ConnectionError() | requests.Timeout() | HTTPError():
+            return reason
+    advice = "Expected an address such as http://localhost:8000/ndjson, or check the environment."
+    raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
+
+
+# What follows, down to `new_event`, is the same in client_async.py, to the letter ----------
 
 
 class Event(TypedDict):
-    """One event, as the server sent it."""
-
     event_id: int
     data: str
     is_last_event: bool
 
 
 class StreamError(Exception):
-    """The stream could not be read to its end: one sentence, why and what to do."""
+    """The stream could not be read to its end: one sentence says why, and what to do."""
 
 
-class ConnectionLost(Exception):
-    """This connection is of no more use, another one may be."""
-
-
-class CannotConnect(ConnectionLost):
-    """Nobody listens: at the start that is told at once, later the server may come back."""
-
-
-class Patience:
-    """When a reader comes back after a loss, and when it gives up."""
+class Resume:
+    """Where and when to resume. `with resume:` goes around each attempt to read the stream."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.ever_connected = False
-        self.begin_anew()
+        self.after(None)
 
-    def begin_anew(self) -> None:
-        """A new event came."""
+    def after(self, event: Event | None) -> None:
+        """From now on, resume after this event; None is the start of the stream."""
+        self.last_event_id = event["event_id"] if event else -1
+        self.headers = {"Last-Event-ID": str(self.last_event_id)} if event else {}
         self.deadline = time.monotonic() + GIVE_UP_AFTER
         self.delay = FIRST_DELAY
 
-    def wait_after(self, lost: ConnectionLost, last_event_id: int | None) -> float:
-        """Return the seconds until the next attempt, each time half as long again.
+    def __enter__(self) -> None:
+        # The last attempt, made at the deadline, has the time to bring an event too.
+        self.until = max(self.deadline, time.monotonic() + CONNECT_TIMEOUT)
 
-        Raises:
-            StreamError: the reader gives up, or nobody listened at the start.
-        """
-        if isinstance(lost, CannotConnect) and not self.ever_connected:
-            raise StreamError(
-                f"Cannot connect to {self.url}: {lost}. "
-                "Start the server with `uvicorn main:app`, or check the address."
-            ) from lost
-        self.ever_connected = True
-        where = "at the start" if last_event_id is None else f"after event {last_event_id}"
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        """Set `pause`, the seconds until the next attempt, or raise StreamError."""
+        if not isinstance(error, Exception) or isinstance(error, StreamError):
+            return False
+        first_time = self.delay == FIRST_DELAY
+        reason = explain(error, self.url, at_the_start=first_time and not self.headers)
+        where = f"after event {self.last_event_id}" if self.headers else "at the start"
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise StreamError(
                 f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
-                f"at last because {lost}. Check the server, then try again."
-            ) from lost
-        if self.delay == FIRST_DELAY:
-            logger.warning("The stream broke off %s (%s); resuming it.", where, lost)
-        # Not to the millisecond, or all the readers of a server come back in one moment.
-        wait = min(self.delay * random.uniform(0.9, 1.1), remaining)
+                f"at last because {reason}. Check the server, then try again."
+            ) from error
+        if first_time:
+            logger.warning("The stream broke off %s (%s); resuming it.", where, reason)
+        # Not to the millisecond, or all the readers of a server come back at the same moment.
+        self.pause = min(self.delay * random.uniform(0.9, 1.1), remaining)
         self.delay *= 1.5
-        return wait
+        return True
 
 
-def parse_event(line: bytes, url: str) -> Event | None:
-    """Return the event in this line, or None for an empty line and for one that was cut off.
-
-    Raises:
-        StreamError: the line is no event.
-    """
-    if not line.strip():
-        return None
+def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
+    """Return the event in this line; None if it is empty, cut off, or sent a second time."""
     if len(line) >= MAX_LINE:
         raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
     try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
-        if line.startswith(b"{") and not line.endswith(b"\n"):
-            return None  # cut in the middle: the event comes again when the stream is resumed
+        event: Event | None = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+        if not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n")):
+            return None  # what was cut off comes again when the stream is resumed
         event = None
     match event:
-        case {"event_id": int(), "data": str(), "is_last_event": bool()}:
-            return cast(Event, event)
-    raise StreamError(
-        f"{url} sent a line that is no event: {line[:60]!r}. "
-        "Expected JSON with event_id, data and is_last_event; check the address."
-    )
+        case {"event_id": int(event_id), "data": str(), "is_last_event": bool()}:
+            if event_id > last_event_id + 1:
+                missing = f"event {event_id} where event {last_event_id + 1} was expected"
+                advice = "events are lost. Read the stream again from its start."
+                raise StreamError(f"{url} sent {missing}: {advice}")
+            return event if event_id == last_event_id + 1 else None
+    advice = "Expected JSON with event_id, data and is_last_event; check the address."
+    raise StreamError(f"{url} sent a line that is not an event: {line[:60]!r}. {advice}")
 
 
-def is_new(event: Event, last_event_id: int | None, url: str) -> bool:
-    """Tell whether the event is the next one, and not one that a server sends a second time.
-
-    Raises:
-        StreamError: events are missing before this one.
-    """
-    expected = 0 if last_event_id is None else last_event_id + 1
-    if event["event_id"] > expected:
-        raise StreamError(
-            f"{url} sent event {event['event_id']} where event {expected} was expected: events are "
-            "lost. Read the stream again from its start."
-        )
-    return event["event_id"] == expected
-
-
-# In a terminal ------------------------------------------------------------------------------------
+def show_events(url: str, show: Callable[[str], None]) -> None:
+    """Read a stream of NDJSON events and print each one when it arrives."""
+    for event in read_events(url):
+        show(json.dumps(event, ensure_ascii=False))
 
 
 def main() -> int:
-    """Print the events of the stream as they arrive; return the exit status."""
     try:
-        from client import Terminal  # only here: `read_events` needs no other file
+        from client import run  # only here: `read_events` needs no other file
     except ImportError as error:
         sys.exit(f"Printing needs client.py in this folder too ({error}); read_events does not.")
-    about = "Read a stream of NDJSON events and print each one when it arrives."
-    with Terminal(about, "http://localhost:8000/ndjson", "events", StreamError) as terminal:
-        for event in read_events(terminal.url):
-            terminal.show(json.dumps(event, ensure_ascii=False))
-    return terminal.status
+    return run(show_events, "http://localhost:8000/ndjson", "events", StreamError)
 
 
 if __name__ == "__main__":

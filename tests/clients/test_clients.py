@@ -291,8 +291,8 @@ def test_nobody_listening_is_told_at_once(client: str) -> None:
     assert process.returncode == 1
     assert process.stdout == ""
     assert re.fullmatch(
-        r"Cannot connect to http://\S+: nobody listens there. "
-        r"Start the server with `uvicorn main:app`, or check the address.\n",
+        r"Cannot (connect to|read) http://\S+: (nobody listens there|Connection refused)\. "
+        r"Start the server with `uvicorn main:app`, or check the address\.\n",
         process.stderr,
     )
 
@@ -318,14 +318,15 @@ def test_a_wrong_address_is_told_at_once(client: str, url: str, main: Main) -> N
     printed = main(client, url, FIRST_DELAY=LIMIT) if client != "client" else main(client, url)
     assert (printed.status, printed.out) == (1, [])
     (sentence,) = printed.err
-    assert re.fullmatch(r"Cannot (read|connect to) .* (Expected|or check) .+", sentence)
+    assert re.fullmatch(r"Cannot (read|connect to) .*\. (Expected|Start) .+\.", sentence)
+    assert url in sentence.encode("utf-8", "surrogateescape").decode() or "\udcff" in url
 
 
 @all_clients
 def test_https_to_a_plain_port(client: str, main: Main, shared_server: Process) -> None:
     printed = main(client, shared_server.url.replace("http", "https"))
     assert (printed.status, len(printed.err)) == (1, 1)
-    assert "TLS" in printed.err[0]
+    assert re.search("TLS|SSL", printed.err[0])
 
 
 @all_clients
@@ -374,7 +375,7 @@ def test_head_ends_it_without_a_traceback(client: str, shared_server: Process) -
     )
     assert process.returncode == 1
     assert len(process.stdout.splitlines()) == 2
-    assert process.stderr == "Nobody takes the output any more (Broken pipe).\n"
+    assert process.stderr == "Cannot write to standard output: Broken pipe.\n"
 
 
 @all_clients
@@ -388,7 +389,7 @@ def test_full_disk_ends_it_without_a_traceback(client: str) -> None:
             timeout=LIMIT,
         )
     assert process.returncode == 1
-    assert process.stderr == "Nobody takes the output any more (No space left on device).\n"
+    assert process.stderr == "Cannot write to standard output: No space left on device.\n"
 
 
 @all_clients
@@ -438,11 +439,13 @@ ERRORS: dict[str, tuple[Answer | bytes, str]] = {
     ),
     "304": (b"HTTP/1.1 304 Not Modified\r\n\r\n", "answered 304 Not Modified"),
     "301 to nowhere": (error("301 Moved Permanently"), "answered 301 Moved Permanently"),
-    "302 to itself": (error("302 Found", headers=b"Location: /\r\n"), r"redirect"),
+    "302 to itself": (error("302 Found", headers=b"Location: /\r\n"), "redirects"),
     "302 to no address": (error("302 Found", headers=b"Location: http://[::1\r\n"), "Cannot read"),
+    "302 to another scheme": (error("302 Found", headers=b"Location: ftp://x/\r\n"), "ftp://x/"),
+    "206": (error("206 Partial Content"), "answered 206 Partial Content, not a stream"),
     "302 to nobody": (
         error("302 Found", headers=b"Location: http://127.0.0.1:1/\r\n"),
-        "nobody listens there",
+        "Connection refused|it redirects to .*127.0.0.1:1.*, and nobody listens there",
     ),
 }
 
@@ -456,33 +459,33 @@ def test_an_answer_that_is_no_stream_is_told_at_once(client: str, case: str, mai
         redirected = case == "302 to itself"
         assert redirected or len(server.connections) == 1
     assert (printed.status, printed.out, len(printed.err)) == (1, [], 1)
-    assert sentence in printed.err[0]
+    assert re.search(sentence, printed.err[0])
     assert server.url in printed.err[0]
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence"),
+    ("answer", "reason"),
     [
         (error("503 Service Unavailable"), "answered 503 Service Unavailable"),
-        (CHUNKED + chunk(b"Step 1") + b"9\r\nSte", "cut off in mid-stream"),
-        (STREAM + b"Content-Length: 99\r\n\r\nStep 1", "cut off in mid-stream"),
-        (GZIPPED + chunk(b"this is not gzip") + END, "cut off in mid-stream"),
-        (CHUNKED + chunk(b"Step 1") + b"zz\r\n", "cut off in mid-stream"),
-        (CLOSED + b"Step \xff", "no UTF-8"),
-        (CLOSED + b"Step 1: \xe2\x98", "no UTF-8"),  # ends in the middle of a character
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "is no HTTP"),
-        (b"", "is no HTTP"),
-        (stall(CHUNKED + chunk(b"Step 1")), "sent nothing for"),
+        (CHUNKED + chunk(b"Step 1") + b"9\r\nSte", "cannot be resumed"),
+        (STREAM + b"Content-Length: 99\r\n\r\nStep 1", "cannot be resumed"),
+        (GZIPPED + chunk(b"this is not gzip") + END, "decompressing"),
+        (CHUNKED + chunk(b"Step 1") + b"zz\r\n", "cannot be resumed"),
+        (CLOSED + b"Step \xff", "utf-8"),
+        (CLOSED + b"Step 1: \xe2\x98", "unexpected end of data"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH-2.0-OpenSSH"),
+        (b"", "closed connection without response"),
+        (stall(CHUNKED + chunk(b"Step 1")), "timed out"),
     ],
 )
 def test_client_tells_why_it_could_not_read_on(
-    answer: Answer | bytes, sentence: str, main: Main
+    answer: Answer | bytes, reason: str, main: Main
 ) -> None:
     with wrong_server(answer) as server:
         printed = main("client", server.url, STALL_TIMEOUT=2.0)
         assert len(server.connections) == 1
     assert (printed.status, len(printed.err)) == (1, 1)
-    assert sentence in printed.err[0]
+    assert reason in printed.err[0]
 
 
 # The line readers: what goes wrong ----------------------------------------------------------------
@@ -511,7 +514,7 @@ def test_a_line_that_is_no_event_is_told_at_once(client: str, line: bytes, main:
         printed = main(client, server.url)
         assert len(server.connections) == 1
     assert (printed.status, printed.out, len(printed.err)) == (1, [], 1)
-    assert f"{server.url} sent a line that is no event: b" in printed.err[0]
+    assert f"{server.url} sent a line that is not an event: b" in printed.err[0]
 
 
 @both_line_readers
@@ -830,7 +833,7 @@ def test_copied_away_alone_read_events_works_and_the_script_says_what_it_lacks(
 
 
 def test_what_both_line_readers_define_is_the_same_to_the_letter() -> None:
-    """All but the four functions that read with requests and with aiohttp."""
+    """All but the functions that read with requests and with aiohttp."""
 
     def definitions(client: str) -> dict[str, str]:
         text = (ROOT / f"{client}.py").read_text()
@@ -850,8 +853,8 @@ def test_what_both_line_readers_define_is_the_same_to_the_letter() -> None:
 
     one, other = map(definitions, LINE_READERS)
     differ = {name for name in one.keys() & other.keys() if one[name] != other[name]}
-    assert differ == {"read_events", "open_stream", "start_of_body", "main"}
-    assert one.keys() ^ other.keys() == {"LiveBody", "read_line"}
+    assert differ == {"read_events", "check_status", "explain", "show_events"}
+    assert one.keys() ^ other.keys() == {"Arrived", "new_session", "in_time", "NO_CONNECTION"}
 
 
 @both_line_readers
