@@ -56,14 +56,12 @@ def explained(url: str) -> Iterator[None]:
 
 
 def check_status(response: requests.Response, url: str) -> None:
-    if response.status_code != 200:
-        status, text = f"{response.status_code} {response.reason}".rstrip(), ""
-        note = " (requests reads no further than interim answers)" if status < "200" else ""
+    if (code := response.status_code) != 200:
+        status = f"{code} {response.reason}".rstrip()
+        text = "" if code > 199 else "requests does not read past an interim answer"
         with suppress(HTTPError, OSError):  # cut, silent or damaged: the status says enough
-            text = response.raw.read1(300, decode_content=True).decode(errors="ignore")
-        raise StreamError(
-            f"{url} answered {status}{note}, not a stream: {text!r}. Check the address."
-        )
+            text = text or response.raw.read1(300, decode_content=True).decode(errors="ignore")
+        raise StreamError(f"{url} answered {status}, not a stream: {text!r}. Check the address.")
 
 
 def run(read: Callable[..., None], url: str, what: str, failure: type[Exception]) -> int:
