@@ -50,7 +50,7 @@ def explained(url: str) -> Iterator[None]:
         if isinstance(error, requests.exceptions.ProxyError):
             reason = f"the proxy failed ({reason})"
         advice = "Start the server with `uvicorn main:app`, or check the address."
-        if isinstance(error, HTTPError):  # while the body was read
+        if isinstance(error, HTTPError) and not isinstance(error, ValueError):  # in mid-stream
             advice = "Plain text cannot be resumed; NDJSON can, see client_sync.py."
         raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
 

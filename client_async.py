@@ -103,7 +103,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
             reason = str(cause.strerror or cause)
         case _:
             words = getattr(cause, "message", cause)
-            reason = " ".join(f"{type(cause).__name__}: {words}".split())
+            reason = " ".join(f"{type(cause).__name__}: {words}".split())[:200]
     match error:
         case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
             reason = f"the proxy failed ({reason})"
@@ -115,7 +115,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
         case LineTooLong():
             raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
         case ValueError() | aiohttp.NonHttpUrlClientError():
-            advice = "Expected an address such as http://localhost:8000/ndjson."
+            advice = "Expected an address such as http://localhost:8000/ndjson; check proxies too."
             raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
     if at_the_start and isinstance(error, NO_CONNECTION):
         advice = "Start the server with `uvicorn main:app`, or check the address."

@@ -108,7 +108,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
         case OSError():
             reason = str(cause.strerror or cause)
         case _:
-            reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
     if isinstance(error, requests.exceptions.ProxyError):
         reason = f"the proxy failed ({reason})"
     match error:
@@ -117,6 +117,8 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
                 reason = f"it redirects to {request.url}, and {reason}"
             advice = "Start the server with `uvicorn main:app`, or check the address."
             raise StreamError(f"Cannot connect to {url}: {reason}. {advice}") from error
+        case ValueError():  # a wrong address, also where urllib3 calls it an HTTPError
+            pass
         case ConnectionError() | requests.ConnectionError() | requests.Timeout() | HTTPError():
             return reason
     advice = "Expected an address such as http://localhost:8000/ndjson, or check the environment."
