@@ -1,6 +1,6 @@
 """What recipes/export.py needs for a table, beside `sqlite3 -csv`, in one run.
 
-Run it with `python bench/export.py` (three minutes, on a machine that does nothing else), or with
+Run it with `python bench/export.py` (two minutes, on a machine that does nothing else), or with
 `--quick` to see that it works. It prints a table, and writes export.json and export.md. The rounds
 are interleaved, because the speed of a machine drifts; the table shows medians.
 """
@@ -16,8 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,24 +25,23 @@ from typing import Any
 from load import Server, free_port, listening
 from run import heading, table
 
-sys.path.append(str(Path(__file__).parents[1]))
-from recipes.export import PAGE, fill, select
-
 HERE = Path(__file__).parent
-
-# More, and Python's garbage collection makes a full collection every hundred batches: 40 ms.
-# https://docs.python.org/3/library/gc.html#gc.set_threshold
-BATCH = 500
-LIBRARIES = "polars", "adbc-driver-sqlite"
-ONE_ROW = 50  # one row at a time is tried on a part of the table only: rows / 50
+SQL = (HERE.parent / "recipes" / "orders.sql").read_text()
+SELECT = "SELECT id, customer, note, quantity, cents FROM orders ORDER BY id"
+WAYS = {
+    "csv": ("many", "/orders.csv"),
+    "ndjson": ("many", "/orders.ndjson"),
+    "large csv": ("large", "/orders.csv"),
+    "large ndjson": ("large", "/orders.ndjson"),
+}
 
 
 @contextmanager
 def running(file: Path) -> Iterator[Server]:
     """The recipe, on this database."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "rows:app", "--port", str(port)]
-    command += ["--log-level", "warning", "--app-dir", str(HERE / "servers")]
+    command = [sys.executable, "-m", "uvicorn", "recipes.export:app", "--port", str(port)]
+    command += ["--log-level", "warning"]
     environment = {"DATABASE_URL": f"sqlite:///{file}", "PYTHONPATH": str(HERE.parent)}
     with listening("The recipe", command, port, env={**os.environ, **environment}) as process:
         yield Server(port, process.pid)
@@ -97,33 +96,36 @@ def download(server: Server, target: str, idle: int = 0) -> dict[str, float]:
     }
 
 
+def fill(file: Path, rows: int, note: str = "") -> None:
+    """Make the table, with this in the place of each note."""
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(SQL.replace("1000000", str(rows)))
+        if note:
+            connection.execute("UPDATE orders SET note = ?", (note,))
+            connection.commit()
+
+
 def measure(rows: int, rounds: int) -> dict[str, Any]:
     seen: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "orders.db"
-        with sqlite3.connect(file) as connection:
-            fill(connection.execute, rows)
-        with running(file) as server, running(file) as peer:
-            after = rows - rows // ONE_ROW
-            idle, peers_idle = server.memory(), peer.memory()
-            ways: dict[str, Callable[[], dict[str, float]]] = {
-                "cli": lambda: {"seconds": seconds("sqlite3", "-csv", str(file), select(None))},
-                "modules": lambda: download(peer, f"/rows.csv?batch={BATCH}", peers_idle),
-                "csv": lambda: download(server, "/orders.csv", idle),
-                "ndjson": lambda: download(server, "/orders.ndjson", idle),
-                "page": lambda: download(server, f"/orders.csv?after={after}"),
-                "batches": lambda: download(peer, f"/rows.csv?batch={BATCH}&after={after}"),
-                "one_row": lambda: download(peer, f"/rows.csv?batch=1&after={after}"),
-            }
+        many, large = Path(directory) / "many.db", Path(directory) / "large.db"
+        fill(many, rows)
+        fill(large, rows // 500, "x" * 100_000)
+        with running(many) as of_many, running(large) as of_large:
+            servers = {"many": of_many, "large": of_large}
+            idle = {name: server.memory() for name, server in servers.items()}
             for _ in range(rounds):
-                for name, way in ways.items():
-                    seen.setdefault(name, []).append(way())
-    return {"heading": heading(*LIBRARIES), "rows": rows, "part": rows // ONE_ROW, "seen": seen}
+                for name, file in (("cli", many), ("large cli", large)):
+                    took = seconds("sqlite3", "-csv", str(file), SELECT)
+                    seen.setdefault(name, []).append({"seconds": took})
+                for way, (name, path) in WAYS.items():
+                    seen.setdefault(way, []).append(download(servers[name], path, idle[name]))
+    return {"heading": heading("psycopg"), "rows": rows, "seen": seen}
 
 
 def render(results: dict[str, Any]) -> str:
     """The tables of export.md, from what is in export.json."""
-    seen, about = results["seen"], results["heading"]
+    seen, about, rows = results["seen"], results["heading"], results["rows"]
 
     def middle(name: str, key: str = "seconds") -> float:
         return float(median(round_[key] for round_ in seen[name]))
@@ -131,43 +133,31 @@ def render(results: dict[str, Any]) -> str:
     def worst(name: str, key: str) -> float:
         return float(max(round_[key] for round_ in seen[name]))
 
-    def line(title: str, name: str) -> list[str]:
+    def line(title: str, name: str, cli: str) -> list[str]:
         return [
             title,
             f"{middle(name):.2f}",
-            f"{middle(name) / middle('cli'):.1f}",
+            f"{middle(name) / middle(cli):.1f}",
             f"{worst(name, 'first') * 1000:.0f}",
             f"{worst(name, 'memory') / 1e6:.1f}",
             f"{middle(name, 'others_p99') * 1000:.0f}",
             f"{worst(name, 'others_max') * 1000:.0f}",
         ]
 
-    whole = table(
-        ["all rows", "s", "× sqlite3", "first byte ms", "MB above idle", "others p99 ms", "max ms"],
-        [
-            ["`sqlite3 -csv`, no HTTP", f"{middle('cli'):.2f}", "1.0", "", "", "", ""],
-            line("`/orders.csv`", "csv"),
-            line("`/orders.ndjson`", "ndjson"),
-            line(f"`sqlite3` and `csv` of Python, {BATCH} rows at a time", "modules"),
-        ],
-    )
-    part = results["part"]
-    batches = table(
-        ["CSV", "rows a second", "µs for a row"],
-        [
-            [title, f"{part / middle(name):,.0f}", f"{middle(name) / part * 1e6:.1f}"]
-            for title, name in (
-                (f"`/orders.csv`, {PAGE:,} rows at a time", "page"),
-                (f"`sqlite3` and `csv` of Python, {BATCH} rows at a time", "batches"),
-                ("the same, one row at a time", "one_row"),
-            )
-        ],
-    )
-    return (
-        f"Measured on {about['date']}: {about['machine']}. {about['versions']}.\n\n"
-        f"{results['rows']:,} rows:\n\n{whole}\n\n"
-        f"The last {part:,} rows:\n\n{batches}\n"
-    )
+    names = ["s", "× sqlite3", "first byte ms", "MB above idle", "others p99 ms", "max ms"]
+    text = f"Measured on {about['date']}: {about['machine']}. {about['versions']}.\n"
+    for title, before in (
+        (f"{rows:,} rows", ""),
+        (f"{rows // 500:,} rows of 100 KB", "large "),
+    ):
+        cli = f"{before}cli"
+        lines = [
+            ["`sqlite3 -csv`, no HTTP", f"{middle(cli):.2f}", "1.0", "", "", "", ""],
+            line("`/orders.csv`", f"{before}csv", cli),
+            line("`/orders.ndjson`", f"{before}ndjson", cli),
+        ]
+        text += f"\n{table([title, *names], lines)}\n"
+    return text
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
-"""The basics: a `StreamingResponse` sends what a generator yields, when it yields it.
+"""The basics: a response sends what a generator yields, when it yields it.
 
-Take it for a short stream that one reader waits for: a text that grows, a progress bar. Take
-another recipe where a reader that lost its connection has to go on where it was: nothing here has
-an id, so whoever comes again gets all of it again.
+Take it for a short stream that one reader waits for: a text that grows, a progress bar. Nothing
+here has an id, so a reader that lost its connection starts again. If it should go on where it was,
+take another recipe.
+
+`Stream`, from main.py, is Starlette's `StreamingResponse`. It adds two things: it closes the
+generator at once when the reader leaves, and it has the headers that proxies need.
 
 Run `uvicorn recipes.basics:app --reload`, then `curl -N localhost:8000/stream`.
 """
@@ -12,27 +15,15 @@ import time
 from collections.abc import AsyncGenerator, Generator
 
 from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
-from starlette.background import BackgroundTask
 
-from main import HEADERS, EndStreams
+from main import EndStreams, Stream
+from recipes.common import prepare
 
 app = FastAPI(title="The basics of streaming")
-# Without it a reload waits for open streams. Plain text cannot say that it was ended early: leave
-# that out where somebody would take the part for the whole.
+prepare(app)
+# Without it, a reload waits for open streams. Plain text cannot say that it was ended early: leave
+# it out if somebody could take a part of it for all.
 app.add_middleware(EndStreams, media_types=("text/event-stream", "text/plain"))
-
-
-def send(chunks: Generator[str] | AsyncGenerator[str], media_type: str) -> StreamingResponse:
-    """Answer with what the generator yields, and close it when the reader goes away.
-
-    Starlette leaves the closing to Python's garbage collection: the `finally` of a sync generator
-    would run some time, perhaps never. A background task runs when the response is over.
-    """
-    close = chunks.aclose if isinstance(chunks, AsyncGenerator) else chunks.close
-    return StreamingResponse(
-        chunks, media_type=media_type, headers=HEADERS, background=BackgroundTask(close)
-    )
 
 
 # A sync generator may block: each of its steps runs in a thread, of which there are 40 -----------
@@ -44,10 +35,10 @@ def chunks() -> Generator[str]:
         yield f"chunk {i}\n"
 
 
-@app.get("/stream", response_class=StreamingResponse)
-def stream() -> StreamingResponse:
+@app.get("/stream", response_class=Stream)
+def stream() -> Stream:
     """Five chunks of text, one a second."""
-    return send(chunks(), "text/plain")
+    return Stream(chunks(), media_type="text/plain")
 
 
 # An async generator must not block, because it shares one thread with everybody: it awaits --------
@@ -59,10 +50,10 @@ async def percentages() -> AsyncGenerator[str]:
         yield f"data: {percent}%\n\n"
 
 
-@app.get("/progress", response_class=StreamingResponse)
-async def progress() -> StreamingResponse:
+@app.get("/progress", response_class=Stream)
+async def progress() -> Stream:
     """Progress as server-sent events, one a second."""
-    return send(percentages(), "text/event-stream")
+    return Stream(percentages(), media_type="text/event-stream")
 
 
 # Server-sent events are text too: `data: `, and a blank line that ends the event ------------------
@@ -73,10 +64,10 @@ def three_events() -> Generator[str]:
         yield f"data: event {i}\n\n"
 
 
-@app.get("/events", response_class=StreamingResponse)
-def events() -> StreamingResponse:
+@app.get("/events", response_class=Stream)
+def events() -> Stream:
     """Three events, for `EventSource` in a browser."""
-    return send(three_events(), "text/event-stream")
+    return Stream(three_events(), media_type="text/event-stream")
 
 
 # The exercises of recipes/README.md ---------------------------------------------------------------
@@ -84,19 +75,19 @@ def events() -> StreamingResponse:
 LINES = ["alpha", "beta", "gamma"]
 
 
-@app.get("/lines", response_class=StreamingResponse)
-def lines() -> StreamingResponse:
+@app.get("/lines", response_class=Stream)
+def lines() -> Stream:
     """A list, each of its items on a line."""
-    return send((f"{line}\n" for line in LINES), "text/plain")
+    return Stream((f"{line}\n" for line in LINES), media_type="text/plain")
 
 
-@app.get("/broken", response_class=StreamingResponse)
-def broken() -> StreamingResponse:
+@app.get("/broken", response_class=Stream)
+def broken() -> Stream:
     """The same as server-sent events, of which a browser sees none."""
-    return send((f"data: {line}\n" for line in LINES), "text/event-stream")
+    return Stream((f"data: {line}\n" for line in LINES), media_type="text/event-stream")
 
 
-@app.get("/mended", response_class=StreamingResponse)
-def mended() -> StreamingResponse:
+@app.get("/mended", response_class=Stream)
+def mended() -> Stream:
     """The same, and a browser sees all three."""
-    return send((f"data: {line}\n\n" for line in LINES), "text/event-stream")
+    return Stream((f"data: {line}\n\n" for line in LINES), media_type="text/event-stream")

@@ -9,6 +9,8 @@ There is nothing about streaming in here; the recipes can be read without it.
 import asyncio
 import json
 import logging
+import os
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -74,8 +76,7 @@ async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: fl
         try:
             await work()
         except Exception as error:
-            why = str(error).strip().partition("\n")[0]
-            logger.error("%s: %s: %s", what, type(error).__name__, why or "no reason given")
+            logger.error("%s: %s", what, in_one_line(error))
             await asyncio.sleep(pause)
 
 
@@ -112,3 +113,43 @@ def use_openai_errors(app: FastAPI) -> None:
         message = f"{first['msg']} ({'.'.join(map(str, first['loc']))})"
         fields = [name for name in first["loc"][1:2] if isinstance(name, str)]
         return await tell(request, openai_error(400, message, param=fields[0] if fields else None))
+
+
+def in_one_line(error: Exception) -> str:
+    """Name the error and the first line of what it says: PostgreSQL adds its statement below."""
+    nothing_said = "it took too long" if isinstance(error, TimeoutError) else "no reason given"
+    why = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {why or nothing_said}"
+
+
+def database_url(default: str) -> str:
+    """Return DATABASE_URL: sqlite:///FILE or postgresql://…, also if SQLAlchemy spells it its way.
+
+    A wrong one ends the program with a sentence. It never repeats the setting, and neither may
+    libpq's own message get into a log: both may have the password in them.
+    """
+    url = os.environ.get("DATABASE_URL") or default
+    found = re.fullmatch(r"(sqlite|postgres)(?:ql)?(?:\+\w+)?://(.+)", url, re.DOTALL)
+    if found and found[1] == "sqlite" and re.match("/.", found[2]):
+        return f"sqlite://{found[2]}"
+    if found and found[1] == "postgres" and is_readable(f"postgresql://{found[2]}"):
+        return f"postgresql://{found[2]}"
+    raise SystemExit(
+        "DATABASE_URL should be sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME, "
+        "with special characters in the password written as %XX."
+    )
+
+
+def is_readable(url: str) -> bool:
+    """Tell whether libpq can read it, and takes no part of the password for anything else."""
+    from psycopg import Error
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        parts = conninfo_to_dict(url)
+    except Error:
+        return False
+    # That happens with a raw @ or / in the password.
+    return "@" not in f"{parts.get('host')}{parts.get('dbname')}" and bool(
+        re.fullmatch(r"[\d,]*", str(parts.get("port", "")))
+    )

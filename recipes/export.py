@@ -1,261 +1,205 @@
-"""A table of any size as a download, CSV or NDJSON, at constant memory.
+"""A table of any size as a download, CSV or NDJSON, in little memory.
 
-Take it when people or programs want all rows at once. When they want the rows that will come, take
-a stream with ids (tail, feed); when making the rows takes minutes, a task (long_task).
+Take it when people or programs want all rows at once. For rows that are still to come, take a
+stream with ids (feed). If it takes minutes to make the rows, take a task (long_task).
 
     uvicorn recipes.export:app --reload
     curl -OJ localhost:8000/orders.csv
     curl "localhost:8000/orders.ndjson?after=999998"
 
-`after` is the id of the last whole row that a reader has: a download that broke off goes on there.
-Without `DATABASE_URL` the orders are in `orders.db`, next to this file, made at the first start.
+`after` is the id of the last complete row that a reader has: a download that was cut goes on there.
+`DATABASE_URL` is postgresql://… or sqlite:///FILE. Without it, the recipe makes a file, orders.db.
 """
 
+import asyncio
+import csv
 import io
 import logging
-import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import asynccontextmanager, closing
-from itertools import chain
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
-from threading import BoundedSemaphore
-from typing import Annotated
+from typing import Annotated, Any
 
-import adbc_driver_postgresql.dbapi
-import adbc_driver_sqlite.dbapi
-from adbc_driver_manager.dbapi import Connection, Error
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import StreamingResponse
-from polars import DataFrame, Int64, Schema, String
-from polars.exceptions import SchemaError
+import psycopg
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from pydantic_core import to_json
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Message, Receive, Scope, Send
 
-from main import HEADERS, NDJSON
+from main import HEADERS, Stream
+from recipes.common import database_url, in_one_line, prepare
 
-logger = logging.getLogger("uvicorn.error")  # what uvicorn shows without being told to
+FILE = Path(__file__).resolve().with_name("orders.db")
+DATABASE_URL = database_url(default=f"sqlite:///{FILE}")
+IS_POSTGRES = DATABASE_URL.startswith("postgresql:")
+COLUMNS = ["id", "customer", "note", "quantity", "cents"]
+MEDIA_TYPES = {"csv": "text/csv", "ndjson": "application/x-ndjson"}
+CHUNK = 128 * 1024  # bytes: a download has so much in memory, and the rest of a row
+ANSWER = 4.0  # seconds until the database has to begin its answer
+PATIENCE = 60.0  # seconds for which a download may then stand still
+connections = asyncio.Semaphore(10)  # each download has one until its end
+logger = logging.getLogger("uvicorn.error")
 
-# 1. The table -------------------------------------------------------------------------------------
-
-FILE = Path(__file__).with_name("orders.db")
-DATABASE_URL = os.environ.get("DATABASE_URL", f"sqlite:///{FILE}")
-SCHEMA = Schema(
-    {"id": Int64, "customer": String, "note": String, "quantity": Int64, "cents": Int64}
-)
-
-TABLE = """
-    CREATE TABLE orders (
-        id INTEGER PRIMARY KEY,
-        customer TEXT NOT NULL,
-        note TEXT,
-        quantity INTEGER NOT NULL,
-        cents INTEGER NOT NULL
-    )
-"""
-# All that has to survive: commas, quotes, line breaks, NULL, an empty string, other alphabets.
-FILL = """
-    INSERT INTO orders
-    WITH RECURSIVE numbers(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM numbers WHERE id < {rows})
-    SELECT
-        id,
-        CASE id % 4 WHEN 0 THEN 'Zoë ☕' WHEN 1 THEN 'Müller, Söhne & Co' WHEN 2 THEN '山田太郎'
-            ELSE 'Jack "Mac" O''Neill' END,
-        CASE id % 5 WHEN 0 THEN '' WHEN 1 THEN NULL WHEN 2 THEN 'ring twice,
-then wait' WHEN 3 THEN '=1+1' ELSE 'no hurry' END,
-        id % 9 + 1,
-        id * 37 % 10000
-    FROM numbers
-"""
+# 1. The rows, in chunks. The first one is empty: it says that the database begins to answer. ------
 
 
-def fill(execute: Callable[[str], object], rows: int) -> None:
-    """Make the table, with so many rows. `execute` is a connection's, in a transaction."""
-    execute(TABLE)
-    execute(FILL.format(rows=rows))
+def read_sqlite(form: str, where: str) -> Generator[bytes]:
+    # rw does not make a missing file. (With ro, SQLite could not undo what a crash left behind.)
+    uri = Path(DATABASE_URL.removeprefix("sqlite:///")).absolute().as_uri() + "?mode=rw"
+    with closing(sqlite3.connect(uri, uri=True, timeout=3, check_same_thread=False)) as connection:
+        rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM orders {where} ORDER BY id")
+        yield b""
+        if form == "csv" and not where:
+            yield to_csv(iter([COLUMNS]))
+        while chunk := (to_csv if form == "csv" else to_ndjson)(rows):
+            yield chunk
 
 
-def fill_missing_file() -> None:
-    """Fill the recipe's own database, once, however many workers start.
-
-    In one transaction: a worker that is killed meanwhile leaves no table, and the next one fills.
-    """
-    with closing(sqlite3.connect(FILE, timeout=60, isolation_level=None)) as connection:  # s
-        made = "SELECT name FROM sqlite_master WHERE name = 'orders'"
-        if connection.execute(made).fetchone():
-            return
-        connection.execute("BEGIN IMMEDIATE")  # waits for another worker that fills it
-        if not connection.execute(made).fetchone():
-            logger.info("Making %s with 1,000,000 orders: takes a few seconds, once.", FILE)
-            fill(connection.execute, 1_000_000)
-        connection.execute("COMMIT")
+def to_csv(rows: Iterator[Sequence[Any]]) -> bytes:
+    """Take rows until the chunk is full. In CSV, NULL is nothing; a BLOB is hexadecimal."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    for row in rows:
+        if bytes in map(type, row):
+            row = [value.hex() if type(value) is bytes else value for value in row]
+        writer.writerow(row)
+        if text.tell() >= CHUNK:
+            break
+    return text.getvalue().encode()
 
 
-# 2. The rows --------------------------------------------------------------------------------------
-
-PAGE = 2000  # rows
-# Each download has a connection of its own until its reader has got the last row, or has left.
-# One more is answered with 503: to wait for a connection would block one of 40 threads.
-downloads = BoundedSemaphore(10)
-
-POSTGRESQL = DATABASE_URL.startswith("postgres")
-OPTIONS = (
-    # Otherwise the driver sends each query as a COPY, and FETCH cannot be sent so.
-    {"adbc.postgresql.use_copy": "false"}
-    if POSTGRESQL
-    # A column of SQLite has no type of its own: the driver takes it from so many first values.
-    # https://arrow.apache.org/adbc/current/python/recipe/sqlite.html
-    else {"adbc.sqlite.query.batch_rows": str(PAGE)}
-)
+def to_ndjson(rows: Iterator[Sequence[Any]]) -> bytes:
+    """Take rows until the chunk is full. JSON has no infinity: it becomes a string."""
+    lines = bytearray()
+    for row in rows:
+        order = dict(zip(COLUMNS, row, strict=True))
+        lines += to_json(order, bytes_mode="hex", inf_nan_mode="strings") + b"\n"
+        if len(lines) >= CHUNK:
+            break
+    return bytes(lines)
 
 
-def connect() -> Connection:
-    if POSTGRESQL:
-        connection: Connection = adbc_driver_postgresql.dbapi.connect(DATABASE_URL)
-        return connection
-    # Strict: of a file that is not there the driver would make an empty one.
-    file = Path(DATABASE_URL.removeprefix("sqlite:///")).resolve(strict=True)
-    return adbc_driver_sqlite.dbapi.connect(str(file))
+# PostgreSQL writes both formats itself, whatever the types. JSON has no control characters, so CSV
+# leaves it as it is when two of them are the delimiter and the quote. Only a column of type json
+# may have line breaks in it, between its tokens: they become spaces.
+COPY = {
+    "csv": "COPY ({select}) TO STDOUT (FORMAT csv, HEADER {header})",
+    "ndjson": r"COPY (SELECT translate(row_to_json(o)::text, E'\r\n', '  ') FROM ({select}) o"
+    r" ORDER BY id) TO STDOUT (FORMAT csv, DELIMITER E'\x01', QUOTE E'\x02')",
+}
 
 
-def read_pages(after: int | None = None) -> Generator[DataFrame, None, None]:
-    """Yield the orders after this id, or all, in pages, as they are at one moment.
-
-    No row becomes an object of Python: the drivers give Arrow's columns, which Polars writes. To
-    make tuples of 1,000,000 rows takes longer than all the rest.
-    There is a first page always; it may be empty. Raises the driver's `Error`, `OSError` for a file
-    that is not there, and `SchemaError` for a value that is not of its column's type.
-    """
-    with connect() as connection, connection.cursor() as cursor:  # and in a transaction
-        cursor.adbc_statement.set_options(**OPTIONS)
-        if POSTGRESQL:  # it keeps the result on its side: a server-side cursor
-            cursor.execute(f"DECLARE result NO SCROLL CURSOR FOR {select(after)}")
-        while True:
-            cursor.execute(
-                f"FETCH {PAGE} FROM result" if POSTGRESQL else f"{select(after)} LIMIT {PAGE}"
-            )
-            page = cursor.fetch_polars()
-            check_types(page)
-            yield page
-            if len(page) < PAGE:
-                return
-            after = page["id"][-1]
-
-
-def select(after: int | None) -> str:
-    where = "" if after is None else f"WHERE id > {after}"
-    return f"SELECT {', '.join(SCHEMA)} FROM orders {where} ORDER BY id"
+async def read_postgres(form: str, where: str) -> AsyncGenerator[bytes]:
+    select = f"SELECT {', '.join(COLUMNS)} FROM orders {where} ORDER BY id"
+    query = COPY[form].format(select=select, header=not where)
+    async with (
+        await psycopg.AsyncConnection.connect(DATABASE_URL, client_encoding="UTF8") as connection,
+        connection.cursor() as cursor,
+        cursor.copy(query.encode()) as copy,
+    ):
+        try:
+            yield b""
+            lines = bytearray()
+            async for row in copy:
+                lines += row if form == "ndjson" else bytes(row[:-1]) + b"\r\n"
+                if len(lines) >= CHUNK:
+                    yield lines.decode().encode()  # a database in SQL_ASCII may hold other bytes
+                    lines.clear()
+            yield lines.decode().encode()
+        except BaseException:  # also when the reader has left
+            # psycopg would read all that is still to come, and wait for a server that hangs.
+            with suppress(psycopg.Error):
+                await connection.cancel_safe(timeout=ANSWER)
+            await connection.close()
+            raise
 
 
-def check_types(page: DataFrame) -> None:
-    """Refuse a page with values of another type than their column's: SQLite lets them in, and the
-    driver would change the others to fit.
-    """
-    for column in page:
-        kind, type_ = column.dtype, SCHEMA[column.name]
-        is_right = kind == type_ or (kind.is_integer() and type_.is_integer())
-        if not is_right and column.null_count() < len(column):
-            raise SchemaError(f"orders.{column.name} should be {type_}, and holds {kind} as well.")
+# 2. The download ----------------------------------------------------------------------------------
 
 
-# 3. The formats -----------------------------------------------------------------------------------
+class Download(Stream):
+    """A `Stream` without the headers of one: a proxy may compress a download, and buffer it."""
 
-CSV = "text/csv"  # Starlette adds the charset
+    def __init__(self, form: str, where: str) -> None:
+        self.name = f"orders.{form}"
+        read = read_postgres if IS_POSTGRES else read_sqlite
+        self.rows: Generator[bytes] | AsyncGenerator[bytes] = read(form, where)
+        headers = {"Content-Disposition": f'attachment; filename="{self.name}"'}
+        super().__init__(self.rows, headers=headers, media_type=MEDIA_TYPES[form])
+        for name in HEADERS:
+            del self.headers[name]
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the rows, or 503 if the database does not begin to answer.
 
-def to_csv(page: DataFrame, names: bool = False) -> bytes:
-    """The rows as RFC 4180 has them: CRLF, and quotes where a value needs them.
+        If something fails later, the end of the body is left out: the server closes the connection,
+        and the reader sees that the download was cut.
+        """
 
-    CSV has no NULL: it is nothing, and an empty string is "", as in PostgreSQL's COPY. A value
-    with a leading = stays as it is, for it is data; only a spreadsheet takes it for a formula.
-    """
-    lines = io.BytesIO()
-    page.write_csv(lines, include_header=names, line_terminator="\r\n")
-    return lines.getvalue()
+        def moved() -> None:
+            limit.reschedule(asyncio.get_running_loop().time() + PATIENCE)
 
+        async def send_in_time(message: Message) -> None:
+            await send(message)
+            moved()
 
-def to_ndjson(page: DataFrame) -> bytes:
-    """Each row as a line of JSON, with NULL as null."""
-    lines = io.BytesIO()
-    page.write_ndjson(lines)
-    return lines.getvalue()
+        begun = False
+        try:
+            async with asyncio.timeout(ANSWER) as limit, connections:
+                await self.begin()
+                begun = True
+                moved()
+                await super().__call__(scope, receive, send_in_time)
+        except Exception as error:
+            what = "was cut" if begun else "got 503"
+            logger.error("%s %s: %s", self.name, what, in_one_line(error))
+            if not begun:
+                detail = "The orders cannot be read now. Try again later."
+                raise HTTPException(503, detail, {"Retry-After": "5"}) from error
 
-
-# 4. The download ----------------------------------------------------------------------------------
-
-After = Annotated[
-    int | None, Query(ge=0, le=2**63 - 1, description="Only the rows after the one with this id.")
-]
-
-
-def open_orders(request: Request, after: After = None) -> Iterator[Iterator[DataFrame]]:
-    """Give the pages. FastAPI closes them when the download is over, however it ends.
-
-    The first one is read before the answer begins: a database that is away is a 503, not a 200
-    that is cut.
-    """
-    if not downloads.acquire(blocking=False):
-        raise unavailable(request, "all downloads that may run at once are running")
-    try:
-        with closing(read_pages(after)) as pages:
-            try:
-                first = next(pages)
-            except (Error, OSError) as error:
-                raise unavailable(request, reason(error)) from error
-            yield chain([first], pages)
-    finally:
-        downloads.release()
-
-
-Orders = Annotated[Iterator[DataFrame], Depends(open_orders)]
-
-
-def unavailable(request: Request, why: str) -> HTTPException:
-    logger.error("503 for %s: %s", request.url.path, why)
-    detail = "The orders cannot be read now. Try again later."
-    return HTTPException(503, detail, {"Retry-After": "5"})
-
-
-def reason(error: Exception) -> str:
-    """What the driver said, in one line, without the statement that follows it."""
-    return str(error).partition("\n")[0]
-
-
-def download(chunks: Iterator[bytes], media_type: str, filename: str) -> StreamingResponse:
-    """Answer with the chunks. Starlette runs the generator in a thread, from one to the next.
-
-    If it raises, the server closes the connection without the end of the body: the reader sees
-    that it was cut.
-    """
-    headers = {"Content-Disposition": f'attachment; filename="{filename}"', **HEADERS}
-    return StreamingResponse(chunks, headers=headers, media_type=media_type)
+    async def begin(self) -> None:
+        """Take the first chunk. If cancelled, do not wait for a database that hangs."""
+        rows = self.rows
+        first = asyncio.ensure_future(
+            anext(rows) if isinstance(rows, AsyncGenerator) else run_in_threadpool(next, rows)
+        )
+        try:
+            await asyncio.shield(first)
+        finally:
+            first.cancel()
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    if "DATABASE_URL" not in os.environ:
-        fill_missing_file()
+    """Make the recipe's own file once, and look whether the orders can be read."""
     try:
-        with closing(read_pages()) as pages:
-            to_csv(next(pages))  # Polars starts its threads now, and not for the first reader
-    except (Error, OSError) as error:
-        logger.error("Until the orders can be read, downloads get 503: %s", reason(error))
+        if DATABASE_URL.endswith(str(FILE)):
+            with closing(sqlite3.connect(FILE, timeout=60)) as connection:
+                if not connection.execute("PRAGMA table_info(orders)").fetchone():
+                    logger.info("Making %s with 1,000,000 orders: takes a few seconds.", FILE)
+                    connection.executescript(FILE.with_suffix(".sql").read_text())
+        async with asyncio.timeout(ANSWER):
+            download = Download("csv", "WHERE id IS NULL")
+            await download.begin()
+            async for _chunk in download.body_iterator:
+                pass
+    except Exception as error:
+        database = "PostgreSQL" if IS_POSTGRES else DATABASE_URL
+        logger.error("Downloads get 503 until %s can be read: %s", database, in_one_line(error))
     yield
 
 
 app = FastAPI(title="Export", lifespan=lifespan)
+prepare(app)
+CONTENT: Any = {200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}}
 
 
-@app.get("/orders.csv", response_class=Response, responses={200: {"content": {CSV: {}}}})
-def orders_csv(request: Request, orders: Orders) -> StreamingResponse:
-    """All orders as CSV. With `after` without a line of names: it is put behind what is there."""
-
-    def chunks() -> Iterator[bytes]:
-        yield to_csv(next(orders), names="after" not in request.query_params)
-        yield from map(to_csv, orders)
-
-    return download(chunks(), CSV, "orders.csv")
-
-
-@app.get("/orders.ndjson", response_class=Response, responses={200: {"content": {NDJSON: {}}}})
-def orders_ndjson(orders: Orders) -> StreamingResponse:
-    """All orders as lines of JSON."""
-    return download(map(to_ndjson, orders), NDJSON, "orders.ndjson")
+@app.get("/orders.csv", response_class=Response, responses=CONTENT)
+@app.get("/orders.ndjson", response_class=Response, responses=CONTENT)
+async def orders(
+    request: Request, after: Annotated[int | None, Query(ge=0, le=2**63 - 1)] = None
+) -> Download:
+    """All orders, or those after an id: then without CSV's line of names, to be put behind it."""
+    form = "csv" if request.url.path.endswith(".csv") else "ndjson"
+    return Download(form, "" if after is None else f"WHERE id > {after}")

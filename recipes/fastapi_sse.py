@@ -8,7 +8,6 @@ Run `uvicorn recipes.fastapi_sse:app --reload`, then `curl -N localhost:8000/ite
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from enum import Enum
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
-from fastapi.encoders import jsonable_encoder
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
 from main import HEADERS, EndStreams
+from recipes.common import prepare
 
 # What FastAPI leaves to you -----------------------------------------------------------------------
 
@@ -44,18 +42,7 @@ class StreamRoute(APIRoute):
 app = FastAPI(title="FastAPI's own server-sent events")
 app.router.route_class = StreamRoute
 app.add_middleware(EndStreams)  # without it a reload waits for open streams
-
-
-@app.exception_handler(RequestValidationError)
-async def say_what_is_wrong(_: Request, error: RequestValidationError) -> Response:
-    """FastAPI's 422, also where it repeats an input that neither JSON nor UTF-8 can hold.
-
-    FastAPI answers 500 to `NaN`, `1e400` and `"\\ud800"` in a body:
-    https://github.com/fastapi/fastapi/issues/459
-    """
-    detail = json.dumps({"detail": jsonable_encoder(error.errors())})
-    detail = json.dumps(json.loads(detail, parse_constant=str))
-    return Response(detail, 422, media_type="application/json")
+prepare(app)
 
 
 class Name(Enum):
@@ -78,9 +65,12 @@ class Shelf:
 ITEMS = [Item(name=n, price=p) for n, p in ((Name.CUP, 2.5), (Name.POT, 19), (Name.SPOON, 1.2))]
 
 
-def first_left(last_event_id: Annotated[str | None, Header(pattern="^[0-9]{1,18}$")] = None) -> int:
-    """Say where to go on. An endpoint that yields cannot answer 204 any more; a dependency can."""
-    first = 0 if last_event_id is None else int(last_event_id) + 1
+def first_left(last_event_id: Annotated[str, Header(pattern="^[0-9]{0,18}$")] = "") -> int:
+    """Say where to go on. When an endpoint yields, it is too late for a 204: a dependency sends it.
+
+    An empty `Last-Event-ID` counts as absent.
+    """
+    first = int(last_event_id) + 1 if last_event_id else 0
     if first >= len(ITEMS):
         raise HTTPException(204, headers=HEADERS)  # an `EventSource` stops at nothing else
     return first

@@ -7,10 +7,14 @@ waited for, since it may be a stream without an end; a fault behind them is in t
 import itertools
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil
 import pytest
 import requests
 import schemathesis
@@ -18,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from tests.support.processes import LIMIT, Process, starting
+from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, starting
 from tests.support.recipes import RECIPES, start_recipe
 
 SLOW_MACHINE = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -123,3 +127,58 @@ def worse(good: dict[str, Any], operation: Any) -> Iterator[dict[str, Any]]:
     for whole in (*map(str.encode, JSON), b"", b"{", b"\xff"):
         yield {**good, "data": whole}
     yield {**good, "data": json.dumps(body), "headers": {"Content-Type": "text/plain"}}
+
+
+# The kinds that the lists do not have -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["with its length", "in chunks"])
+def test_a_large_body_is_refused_before_it_is_in_memory(server: Process, how: str) -> None:
+    piece = b'{"x": "' + b"y" * 1_000_000
+    pieces = itertools.repeat(piece, 60)
+    process = psutil.Process(server.pid)
+    for operation in operations(server):
+        if operation.method.upper() != "POST":
+            continue
+        url = server.url + re.sub("{.*?}", "x", operation.path)
+        before = process.memory_info().rss
+        # uvicorn closes the connection after the answer, perhaps before all is sent.
+        try:
+            body = b"".join(pieces) if how == "with its length" else iter(pieces)
+            headers = {"Content-Type": "application/json"}
+            response = requests.post(url, data=body, headers=headers, timeout=LIMIT)
+            assert response.status_code in (404, 413), operation.path
+        except requests.ConnectionError:
+            pass
+        assert process.memory_info().rss - before < 20_000_000, operation.path
+
+
+def test_an_empty_last_event_id_counts_as_absent(server: Process) -> None:
+    for operation in operations(server):
+        names = [parameter.name.lower() for parameter in operation.iter_parameters()]
+        if "last-event-id" not in names or operation.method.upper() != "GET":
+            continue
+        url = server.url + re.sub("{.*?}", "x", operation.path)
+        statuses = []
+        for headers in ({}, {"Last-Event-ID": ""}):
+            with requests.get(url, headers=headers, stream=True, timeout=LIMIT) as response:
+                statuses.append(response.status_code)
+        assert statuses[0] == statuses[1], operation.path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_variable_that_is_set_to_nothing_counts_as_unset(
+    start: Start, tmp_path: Path, recipe: str
+) -> None:
+    """In a copy, because each recipe makes its own files then."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.db*", "*.sqlite*", "*.log")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=ignored)
+    shutil.copy(ROOT / "main.py", tmp_path)
+    sources = "".join(file.read_text() for file in (ROOT / "recipes").glob("*.py"))
+    names = set(re.findall(r"""environ(?:\.get\(|\[)["'](\w+)""", sources))
+    assert "DATABASE_URL" in names
+    environment = ENVIRONMENT | dict.fromkeys(names, "")
+    command = (sys.executable, "-m", "uvicorn", f"{recipe}:app", "--port", "{port}")
+    server = start(*command, cwd=tmp_path, env=environment)
+    requests.get(f"{server.url}/openapi.json", timeout=LIMIT).raise_for_status()
+    assert "ERROR" not in server.log

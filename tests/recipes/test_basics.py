@@ -1,4 +1,4 @@
-"""recipes/basics.py: what it sends, and what recipes/README.md teaches with it."""
+"""recipes/basics.py: what it sends, and what basics.md teaches with it."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
 from tests.support.recipes import start_app, start_recipe
 
-README = Readme("recipes/README.md")
+README = Readme("recipes/basics.md")
 FACTS = "tests.recipes.facts:app"
 BODIES = {
     "/stream": "chunk 1\nchunk 2\nchunk 3\nchunk 4\nchunk 5\n",

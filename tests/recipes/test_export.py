@@ -1,30 +1,30 @@
-"""recipes/export.py: whole downloads, cut ones, and what is left behind by readers who leave."""
+"""recipes/export.py: complete downloads, cut ones, and what is left behind by readers who leave."""
 
 import csv
 import io
 import json
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import adbc_driver_postgresql.dbapi
 import psutil
 import psycopg
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
-from polars import DataFrame
-from polars.exceptions import ComputeError
 
-from recipes.export import PAGE, SCHEMA, fill, to_csv, to_ndjson
+from recipes.export import to_csv, to_ndjson
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import (
     ENVIRONMENT,
@@ -38,6 +38,7 @@ from tests.support.processes import (
 )
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
+from tests.support.recipes import start_app
 
 # More than is kept between a server and a reader with a small buffer who does not read...
 ROWS = 150_000
@@ -45,6 +46,7 @@ MANY = 400_000  # ...and with a large one, or than a server may hold in its memo
 CUSTOMERS = ("Zoë ☕", "Müller, Söhne & Co", "山田太郎", 'Jack "Mac" O\'Neill')
 NOTES = ("", None, "ring twice,\nthen wait", "=1+1", "no hurry")
 PATHS = ("/orders.csv", "/orders.ndjson")
+SQL = (ROOT / "recipes" / "orders.sql").read_text()
 
 Row = tuple[Any, ...]
 
@@ -65,28 +67,48 @@ def rows_after(path: str, after: int, last: int = ROWS) -> list[Row]:
 
 def parse(path: str, body: bytes | bytearray, cut: bool = False) -> list[Row]:
     """The rows of a body without a line of names. The last one of a body that was cut may not be
-    whole, so it does not count."""
+    complete, so it does not count."""
     if path == "/orders.ndjson":
-        lines = body.splitlines()[: -1 if cut else None]
-        return [tuple(json.loads(line).values()) for line in lines]
+        lines = body.split(b"\n")
+        assert cut or lines[-1] == b""
+        return [tuple(json.loads(line).values()) for line in lines[:-1]]
     records = list(csv.reader(io.StringIO(body.decode(errors="ignore"), newline="")))
     return [(int(i), c, n, *map(int, rest)) for i, c, n, *rest in records[: -1 if cut else None]]
 
 
 def filled(database: Postgres | Path, rows: int = ROWS) -> str:
     """Make the table in PostgreSQL, or in a file; return the database's URL."""
+    sql = SQL.replace("1000000", str(rows))
     if isinstance(database, Path):
-        with sqlite3.connect(database) as file:
-            fill(file.execute, rows)
+        with closing(sqlite3.connect(database)) as file:
+            file.executescript(sql)
         return f"sqlite:///{database}"
+    sql = sql.replace("BEGIN IMMEDIATE;", "").replace("COMMIT;", "")
     with psycopg.connect(database.database_url) as connection:
-        fill(lambda statement: connection.execute(statement.encode()), rows)
+        connection.execute(sql.encode())
     return database.database_url
 
 
-def recipe(database_url: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    command = [sys.executable, "-m", "uvicorn", "recipes.export:app", "--port", "{port}"]
-    return [*command, *arguments], ENVIRONMENT | {"DATABASE_URL": database_url}
+def statements(database_url: str, *sql: str) -> None:
+    """Run these on a database."""
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as file:
+            file.executescript(";".join(sql))
+        return
+    with psycopg.connect(database_url, autocommit=True, client_encoding="UTF8") as connection:
+        for statement in sql:
+            connection.execute(statement.encode())
+
+
+def serve(start: Start, database_url: str, *options: str) -> Process:
+    return start_app(start, "recipes.export:app", *options, DATABASE_URL=database_url)
+
+
+def serve_impatiently(start: Start, tmp_path: Path, database_url: str) -> Process:
+    """A minute lasts two seconds here."""
+    program = "from recipes import export\nexport.PATIENCE = 2.0\napp = export.app\n"
+    (tmp_path / "impatient.py").write_text(program)
+    return start_app(start, "impatient:app", DATABASE_URL=database_url, PYTHONPATH=str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +127,46 @@ def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Process]:
     """One server for the tests that do it no harm."""
-    command, environment = recipe(request.getfixturevalue(f"{request.param}_url"))
     with starting(tmp_path_factory.mktemp("server")) as start:
-        yield start(*command, env=environment)
+        yield serve(start, request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without the table."""
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres").database_url)
+    (tmp_path / "own.db").touch()
+    return f"sqlite:///{tmp_path}/own.db"
 
 
 def get(server: Process, target: str) -> requests.Response:
     return requests.get(server.url + target, timeout=LIMIT)
 
 
+def refused(server: Process, path: str = "/orders.csv") -> bool:
+    """Whether the answer is a 503, which must come within 5 seconds. (A busy machine has more.)"""
+    response = requests.get(server.url + path, timeout=15)
+    if response.status_code != 503:
+        return False
+    assert response.headers["Retry-After"] == "5"
+    assert response.json() == {"detail": "The orders cannot be read now. Try again later."}
+    return True
+
+
 def slow_reader(server: Process, target: str) -> RawReader:
     """A reader who has some of the rows, and reads no more until it is told to."""
     reader = RawReader(server.port, target, receive_buffer=4096)
     assert read_until([reader], lambda: len(reader.body) > 10_000)
+    return reader
+
+
+def cut_reader(server: Process, target: str) -> RawReader:
+    """A reader whose download is cut, so that it does not look finished."""
+    reader = RawReader(server.port, target)
+    assert read_until([reader], lambda: reader.ended_at)
+    assert reader.status == 200
+    assert not reader.ended_properly
     return reader
 
 
@@ -130,21 +179,21 @@ def go_on(server: Process, path: str, body: bytes | bytearray, last: int = ROWS)
     return rows + parse(path, rest.content)
 
 
-# Whole downloads ----------------------------------------------------------------------------------
+# Complete downloads -------------------------------------------------------------------------------
 
 
 def test_csv_is_as_rfc_4180_has_it(shared: Process) -> None:
     response = get(shared, "/orders.csv")
     assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
     assert response.headers["Content-Disposition"] == 'attachment; filename="orders.csv"'
-    assert response.headers["Cache-Control"] == "no-cache, no-transform"
+    # None of the headers of a stream of events: a proxy may compress it.
+    assert not {"Cache-Control", "X-Accel-Buffering"} & set(response.headers)
     first = (
         "id,customer,note,quantity,cents\r\n"
         '1,"Müller, Söhne & Co",,2,37\r\n'
         '2,山田太郎,"ring twice,\nthen wait",3,74\r\n'
         '3,"Jack ""Mac"" O\'Neill",=1+1,4,111\r\n'
         "4,Zoë ☕,no hurry,5,148\r\n"
-        '5,"Müller, Söhne & Co","",6,185\r\n'
     )
     _, _, rows = response.content.partition(b"\r\n")
     assert response.content.startswith(first.encode())
@@ -171,113 +220,135 @@ def test_the_rows_after_an_id(shared: Process, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_such_id(shared: Process, path: str) -> None:
-    for after in ("-1", str(2**63), "9" * 5000, "", "x", "1.5", "1e400", "NaN", "%00"):
+    for after in ("-1", str(2**63), "9" * 20, "9" * 5000, "", "x", "1.5", "1e400", "NaN", "%00"):
         response = get(shared, f"{path}?after={after}")
         assert response.status_code == 422, after
         assert [error["loc"] for error in response.json()["detail"]] == [["query", "after"]]
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_memory_does_not_grow_with_the_table(
-    request: pytest.FixtureRequest, start: Start, tmp_path: Path, database: str
-) -> None:
-    place = tmp_path / "orders.db" if database == "sqlite" else request.getfixturevalue("postgres")
-    command, environment = recipe(filled(place, MANY))
-    server = start(*command, env=environment)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", ["many rows", "large rows"])
+def test_memory_is_bounded_by_bytes(start: Start, empty_url: str, size: str, path: str) -> None:
+    if size == "many rows":
+        numbers, note = MANY, "'note'"
+    else:
+        numbers, note = 1000, "'" + 100_000 * "x" + "'"
+    statements(
+        empty_url,
+        "CREATE TABLE orders (id bigint, customer text, note text, quantity bigint, cents bigint)",
+        f"WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n WHERE id < {numbers})"
+        f" INSERT INTO orders SELECT id, 'Zoë ☕', {note}, 1, 1 FROM n",
+        "CREATE INDEX i ON orders (id)",
+    )
+    server = serve(start, empty_url)
     process = psutil.Process(server.pid)
+    get(server, f"{path}?after={numbers - 1}")
     idle = process.memory_info().rss
-    for path in PATHS:
-        slow, quick = slow_reader(server, path), RawReader(server.port, path)
-        most = 0
+    slow, quick = slow_reader(server, path), RawReader(server.port, path)
+    most = 0
 
-        def ended(quick: RawReader = quick) -> bool:
-            nonlocal most
-            most = max(most, process.memory_info().rss)
-            return bool(quick.ended_at)
+    def ended() -> bool:
+        nonlocal most
+        most = max(most, process.memory_info().rss)
+        return bool(quick.ended_at)
 
-        assert read_until([quick], ended)
-        assert quick.ended_properly
-        slow.close()
-        assert most - idle < 20_000_000
+    assert read_until([quick], ended)
+    assert quick.ended_properly
+    assert quick.body.count(b"\n") == numbers + (path == "/orders.csv")
+    slow.close()
+    assert most - idle < 20_000_000
 
 
 @given(
     st.lists(
         st.tuples(
             *(st.integers(-(2**63), 2**63 - 1), st.text(), st.none() | st.text()),
-            *[st.integers(-(2**63), 2**63 - 1)] * 2,
+            *[st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text()] * 2,
         ),
         min_size=1,
+        max_size=10,
     )
 )
 def test_whatever_is_in_a_row_comes_back(rows: list[Row]) -> None:
-    page = DataFrame(rows, SCHEMA, orient="row")
-    assert [tuple(json.loads(line).values()) for line in to_ndjson(page).splitlines()] == rows
-    text = to_csv(page, names=True).decode()
-    names, *records = csv.reader(io.StringIO(text, newline=""))
-    assert names == list(SCHEMA)
-    assert records == [[str("" if value is None else value) for value in row] for row in rows]
+    def shown(value: Any) -> Any:
+        return {"inf": "Infinity", "-inf": "-Infinity"}.get(repr(value), value)
+
+    lines = to_ndjson(iter(rows)).splitlines()
+    assert [tuple(json.loads(line).values()) for line in lines] == [
+        tuple(map(shown, row)) for row in rows
+    ]
+    records = csv.reader(io.StringIO(to_csv(iter(rows)).decode(), newline=""))
+    assert list(records) == [["" if v is None else str(v) for v in row] for row in rows]
 
 
-def small(tmp_path: Path, *statements: str) -> str:
-    """A table of three pages in SQLite, after these statements."""
-    url = filled(tmp_path / "orders.db", 3 * PAGE)
-    with sqlite3.connect(tmp_path / "orders.db") as connection:
-        for statement in statements:
-            connection.execute(statement)
-    return url
+def strict_json(body: bytes) -> list[dict[str, Any]]:
+    def no_json(constant: str) -> None:
+        raise ValueError(constant)
+
+    return [json.loads(line, parse_constant=no_json) for line in body.decode().splitlines()]
 
 
-def test_nulls_only_and_then_text(start: Start, tmp_path: Path) -> None:
-    """The driver takes a column that begins with nulls for one of numbers."""
-    url = small(tmp_path, f"UPDATE orders SET note = NULL WHERE id < {PAGE + PAGE // 2}")
-    command, environment = recipe(url)
-    server = start(*command, env=environment)
-    rows = parse("/orders.ndjson", get(server, "/orders.ndjson").content)
-    expected = [row(i) for i in range(1, 3 * PAGE + 1)]
-    nulls = [(i, c, None, *rest) for i, c, _, *rest in expected[: PAGE + PAGE // 2 - 1]]
-    assert rows == nulls + expected[PAGE + PAGE // 2 - 1 :]
+def test_any_type_of_sqlite(start: Start, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/own.db"
+    statements(
+        url,
+        "CREATE TABLE orders (id INTEGER PRIMARY KEY, customer, note, quantity, cents)",
+        "INSERT INTO orders VALUES (1, 1.5, 'a' || char(0) || 'b', 9e999, x'00ff')",
+        "INSERT INTO orders VALUES (9007199254740993, NULL, -9223372036854775808, 0.1, 'ten')",
+    )
+    server = serve(start, url)
+    first, second = strict_json(get(server, "/orders.ndjson").content)
+    assert list(first.values()) == [1, 1.5, "a\0b", "Infinity", "00ff"]
+    assert list(second.values()) == [2**53 + 1, None, -(2**63), 0.1, "ten"]
+    lines = get(server, "/orders.csv").text.split("\r\n")
+    assert lines[1:3] == ["1,1.5,a\0b,inf,00ff", f"{2**53 + 1},,{-(2**63)},0.1,ten"]
 
 
-@pytest.mark.parametrize("value", ["'a lot'", "1.5"])
-def test_a_value_of_another_type_is_not_passed_on(start: Start, tmp_path: Path, value: str) -> None:
-    """SQLite lets it in; a reader who was promised whole numbers must not take it for one."""
-    url = small(tmp_path, f"UPDATE orders SET cents = {value} WHERE id = {PAGE + 1}")
-    command, environment = recipe(url)
-    server = start(*command, env=environment)
-    reader = RawReader(server.port, "/orders.ndjson")
-    assert read_until([reader], lambda: reader.ended_at)
-    assert not reader.ended_properly
-    assert len(parse("/orders.ndjson", reader.body, cut=True)) <= PAGE
-    server.wait_for_log("orders.cents should be Int64")
+def test_any_type_of_postgresql(start: Start, postgres: Postgres) -> None:
+    statements(
+        postgres.database_url,
+        "CREATE TABLE orders"
+        " (id uuid PRIMARY KEY, customer jsonb, note text[], quantity numeric, cents json)",
+        'INSERT INTO orders VALUES (gen_random_uuid(), \'{"a": "\\\\ \\n"}\','
+        " ARRAY['x\"', 'y,z', NULL, E'\\n'], 'NaN', E'{\"b\":\\n\\r\\t1}')",
+    )
+    server = serve(start, postgres.database_url)
+    (order,) = strict_json(get(server, "/orders.ndjson").content)
+    assert order["customer"] == {"a": "\\ \n"}
+    assert order["note"] == ['x"', "y,z", None, "\n"]
+    assert (order["quantity"], order["cents"]) == ("NaN", {"b": 1})
+    text = io.StringIO(get(server, "/orders.csv").text, newline="")
+    (record,) = csv.DictReader(text)
+    assert record["id"] == order["id"]
+    assert json.loads(record["customer"]) == order["customer"]
+    assert record["note"] == '{"x\\"","y,z",NULL,"\n"}'
+
+    statements(
+        postgres.database_url,
+        "DROP TABLE orders",
+        "CREATE TABLE orders (id bigint, customer bytea, note float8, quantity timestamptz,"
+        " cents int4range)",
+        "INSERT INTO orders VALUES (1, '\\x00ff', '-Infinity', 'infinity', '[1,5)')",
+    )
+    (order,) = strict_json(get(server, "/orders.ndjson").content)
+    assert list(order.values()) == [1, "\\x00ff", "-Infinity", "infinity", "[1,5)"]
+    assert get(server, "/orders.csv?after=0").text == '1,\\x00ff,-Infinity,infinity,"[1,5)"\r\n'
 
 
 def test_a_download_shows_one_moment(start: Start, postgres: Postgres) -> None:
-    command, environment = recipe(filled(postgres))
-    server = start(*command, env=environment)
+    server = serve(start, filled(postgres))
     reader = slow_reader(server, "/orders.ndjson")
-    with psycopg.connect(postgres.database_url) as connection:
-        connection.execute("UPDATE orders SET note = 'later'")
-        connection.execute("INSERT INTO orders VALUES (1000000, 'late', NULL, 1, 1)")
+    statements(
+        postgres.database_url,
+        "UPDATE orders SET note = 'later'",
+        "INSERT INTO orders VALUES (1000000, 'late', NULL, 1, 1)",
+    )
     assert read_until([reader], lambda: reader.ended_at)
     assert parse("/orders.ndjson", reader.body) == rows_after("/orders.ndjson", 0)
 
 
-def test_numeric_of_postgresql_is_selected_as_text(postgres: Postgres) -> None:
-    with (
-        adbc_driver_postgresql.dbapi.connect(postgres.database_url) as connection,
-        connection.cursor() as cursor,
-    ):
-        cursor.execute("SELECT 1.50::numeric AS price")
-        with pytest.raises(ComputeError, match="cannot be written"):
-            to_csv(cursor.fetch_polars())
-        cursor.execute("SELECT 1.50::numeric::text AS price")
-        assert to_csv(cursor.fetch_polars()) == b"1.50\r\n"
-
-
 def test_sqlite_is_not_written_to_during_a_download(start: Start, tmp_path: Path) -> None:
-    command, environment = recipe(filled(tmp_path / "orders.db"))
-    server = start(*command, env=environment)
+    server = serve(start, filled(tmp_path / "orders.db"))
     reader = slow_reader(server, "/orders.ndjson")
     writer = sqlite3.connect(tmp_path / "orders.db", timeout=0)
     with pytest.raises(sqlite3.OperationalError, match="locked"), writer:
@@ -289,42 +360,178 @@ def test_sqlite_is_not_written_to_during_a_download(start: Start, tmp_path: Path
     writer.close()
 
 
+def test_in_wal_mode_sqlite_is_written_to_and_the_download_shows_one_moment(
+    start: Start, tmp_path: Path
+) -> None:
+    url = filled(tmp_path / "orders.db")
+    statements(url, "PRAGMA journal_mode = WAL")
+    server = serve(start, url)
+    reader = slow_reader(server, "/orders.ndjson")
+    statements(url, "DELETE FROM orders")
+    assert read_until([reader], lambda: reader.ended_at)
+    assert parse("/orders.ndjson", reader.body) == rows_after("/orders.ndjson", 0)
+    assert get(server, "/orders.ndjson").content == b""
+
+
+# Text that is not UTF-8 ---------------------------------------------------------------------------
+
+TABLE = (
+    "CREATE TABLE orders (id bigint PRIMARY KEY, customer text, note text, quantity int, cents int)"
+)
+
+
+def other_encoding(postgres: Postgres, encoding: str) -> str:
+    """A database in it."""
+    statements(
+        postgres.database_url,
+        f"CREATE DATABASE other ENCODING '{encoding}' TEMPLATE template0"
+        " LC_COLLATE 'C' LC_CTYPE 'C'",
+    )
+    url = postgres.database_url.rpartition("/")[0] + "/other"
+    statements(url, TABLE)
+    return url
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "WIN1252", "EUC_JP"])
+def test_postgresql_converts_its_encoding(start: Start, postgres: Postgres, encoding: str) -> None:
+    url = other_encoding(postgres, encoding)
+    customer = "山田太郎" if encoding == "EUC_JP" else "Müller"
+    statements(url, f"INSERT INTO orders VALUES (1, '{customer}', NULL, 1, 1)")
+    server = serve(start, url)
+    assert strict_json(get(server, "/orders.ndjson").content)[0]["customer"] == customer
+    assert get(server, "/orders.csv?after=0").content == f"1,{customer},,1,1\r\n".encode()
+
+
+@pytest.mark.parametrize("where", ["sqlite", "postgres"])
+@pytest.mark.parametrize("path", PATHS)
+def test_text_that_is_not_utf_8_cuts_the_download_it_is_in(
+    start: Start, tmp_path: Path, request: pytest.FixtureRequest, where: str, path: str
+) -> None:
+    if where == "sqlite":
+        url = f"sqlite:///{tmp_path}/own.db"
+        wrong = "CAST(x'4dfc6c6c6572' AS TEXT)"
+        statements(url, TABLE)
+    else:
+        url = other_encoding(request.getfixturevalue("postgres"), "SQL_ASCII")
+        wrong = "E'M\\xfcller'"
+    statements(
+        url,
+        f"INSERT INTO orders VALUES (7, {wrong}, '', 1, 1)",
+        "INSERT INTO orders VALUES (8, 'Zoë', 'ok', 1, 1)",
+    )
+    server = serve(start, url)
+    assert b"ller" not in cut_reader(server, path).body
+    server.wait_for_log(rf"{path[1:]} was cut: .*(?:UTF-?8|utf-8)")
+    assert parse(path, get(server, f"{path}?after=7").content) == [(8, "Zoë", "ok", 1, 1)]
+    assert "Traceback" not in server.log
+    assert len(server.log.split("was cut")) == 2
+
+
+def test_a_middleware_of_starlettes_makes_a_cut_download_look_complete(
+    start: Start, tmp_path: Path
+) -> None:
+    """So export.md warns of it. When Starlette no longer does that, the warning can go."""
+    url = f"sqlite:///{tmp_path}/own.db"
+    statements(url, TABLE, "INSERT INTO orders VALUES (1, CAST(x'fc' AS TEXT), '', 1, 1)")
+    (tmp_path / "with_middleware.py").write_text("""
+from recipes.export import app
+
+@app.middleware("http")
+async def nothing(request, call_next):
+    return await call_next(request)
+""")
+    server = start_app(start, "with_middleware:app", DATABASE_URL=url, PYTHONPATH=str(tmp_path))
+    reader = RawReader(server.port, "/orders.ndjson")
+    assert read_until([reader], lambda: reader.ended_at)
+    assert reader.ended_properly
+    server.wait_for_log("orders.ndjson was cut")
+
+
 # Readers who leave, and too many of them ----------------------------------------------------------
 
 
 def test_too_many_readers(start: Start, sqlite_url: str) -> None:
-    command, environment = recipe(sqlite_url)
-    server = start(*command, env=environment)
+    server = serve(start, sqlite_url)
     readers = [slow_reader(server, "/orders.csv") for _ in range(10)]
-    refused = get(server, "/orders.csv")
-    assert refused.status_code == 503
-    assert refused.headers["Retry-After"] == "5"
-    assert refused.json() == {"detail": "The orders cannot be read now. Try again later."}
+    assert refused(server)
     for reader in readers:
         reader.close()
-    last = f"/orders.csv?after={ROWS - 1}"
-    wait_for(lambda: get(server, last).status_code == 200, "a connection that was given back")
+    wait_for(lambda: not refused(server), "a connection that was given back")
     assert "Traceback" not in server.log
 
 
-def test_a_reader_who_leaves_gives_back_the_connection(start: Start, postgres_url: str) -> None:
-    command, environment = recipe(postgres_url)
-    server = start(*command, env=environment)
-    for leave in (RawReader.close, RawReader.reset):
-        reader = slow_reader(server, "/orders.csv")
-        assert open_transactions(postgres_url) == 1
-        leave(reader)
-        wait_for(lambda: open_transactions(postgres_url) == 0, "the transaction to end")
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_readers_who_never_read_give_their_connections_back(
+    start: Start, tmp_path: Path, request: pytest.FixtureRequest, database: str
+) -> None:
+    url = request.getfixturevalue(f"{database}_url")
+    server = serve_impatiently(start, tmp_path, url)
+    sockets = []
+    for _ in range(10):
+        sockets.append(socket.socket())
+        sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sockets[-1].connect(("127.0.0.1", server.port))
+        sockets[-1].sendall(b"GET /orders.csv HTTP/1.1\r\nHost: test\r\n\r\n")
+    server.wait_for_log("orders.csv was cut: TimeoutError", 10)
+    assert get(server, f"/orders.csv?after={ROWS - 1}").status_code == 200
+    if database == "postgres":
+        wait_for(lambda: queries(url) == 0, "the queries to end")
+    for each in sockets:
+        each.close()
     assert "Traceback" not in server.log
 
 
-def open_transactions(postgres_url: str) -> int:
+def test_a_reader_who_takes_a_little_each_time_gets_everything(
+    start: Start, tmp_path: Path, sqlite_url: str
+) -> None:
+    """The limit is on standing still, not on the length of a download."""
+    server = serve_impatiently(start, tmp_path, sqlite_url)
+    reader = RawReader(server.port, "/orders.ndjson", receive_buffer=4096)
+    for part in range(8):
+        assert read_until([reader], lambda: len(reader.body) > part * 1_000_000)  # noqa: B023
+        time.sleep(1)
+    assert read_until([reader], lambda: reader.ended_at)
+    assert parse("/orders.ndjson", reader.body) == rows_after("/orders.ndjson", 0)
+
+
+def queries(postgres_url: str) -> int:
+    """How many downloads PostgreSQL is at work on."""
     with psycopg.connect(postgres_url) as connection:
         (count,) = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid() AND datname IS NOT NULL"
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND state = 'active'"
         ).fetchone() or (0,)
     return int(count)
+
+
+@pytest.mark.parametrize("leave", [RawReader.close, RawReader.reset])
+def test_a_reader_who_leaves_gives_back_the_connection(
+    start: Start, postgres_url: str, leave: Callable[[RawReader], None]
+) -> None:
+    server = serve(start, postgres_url)
+    reader = slow_reader(server, "/orders.csv")
+    assert queries(postgres_url) == 1
+    leave(reader)
+    wait_for(lambda: queries(postgres_url) == 0, "the query to end")
+    assert "Traceback" not in server.log
+    assert "was cut" not in server.log
+
+
+def test_a_query_that_computes_is_cancelled(start: Start, postgres: Postgres) -> None:
+    """It sends nothing now, so it would not notice by itself that its reader has left."""
+    statements(
+        postgres.database_url,
+        "ALTER DATABASE postgres SET enable_sort = off",  # or it would sort before it sends
+        TABLE.replace("orders", "base"),
+        "INSERT INTO base SELECT n, repeat('x', 1000), '', 1, 1 FROM generate_series(1, 100) n",
+        "CREATE VIEW orders AS SELECT id, customer, note, quantity, cents FROM base"
+        " WHERE id < 100 OR pg_sleep(600)::text IS NOT NULL",
+    )
+    server = serve(start, postgres.database_url)
+    reader = RawReader(server.port, "/orders.csv")
+    assert read_until([reader], lambda: reader.status)
+    wait_for(lambda: queries(postgres.database_url) == 1, "the query")
+    reader.close()
+    wait_for(lambda: queries(postgres.database_url) == 0, "the query to end")
 
 
 # Downloads that could not be finished -------------------------------------------------------------
@@ -332,8 +539,7 @@ def open_transactions(postgres_url: str) -> int:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_server_is_killed(start: Start, path: str, tmp_path: Path) -> None:
-    command, environment = recipe(filled(tmp_path / "orders.db", MANY))
-    server = start(*command, env=environment)
+    server = serve(start, filled(tmp_path / "orders.db", MANY))
     file = tmp_path / "download"
     curl = ["curl", "--silent", "--limit-rate", "1M", "--output", file, server.url + path]
     reader = subprocess.Popen([str(word) for word in curl])
@@ -347,10 +553,9 @@ def test_the_server_is_killed(start: Start, path: str, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_on(start: Start, sqlite_url: str) -> None:
-    command, environment = recipe(sqlite_url)
-    server = start(*command, env=environment)
+    server = serve(start, sqlite_url)
     program: dict[str, Any] = {}
-    exec(Readme("recipes/README.md").tested("a reader that goes on"), program)
+    exec(Readme("recipes/export.md").tested("a reader that goes on"), program)
     orders = program["read_orders"](f"{server.url}/orders.ndjson")
     rows = [tuple(next(orders).values())]
     server.kill()
@@ -361,8 +566,7 @@ def test_a_reader_that_goes_on(start: Start, sqlite_url: str) -> None:
 
 
 def test_the_server_is_asked_to_stop_and_waits(start: Start, sqlite_url: str) -> None:
-    command, environment = recipe(sqlite_url)
-    server = start(*command, env=environment)
+    server = serve(start, sqlite_url)
     reader = slow_reader(server, "/orders.ndjson")
     server.signal(signal.SIGTERM)
     server.wait_for_log("Shutting down")
@@ -375,8 +579,7 @@ def test_the_server_is_asked_to_stop_and_waits(start: Start, sqlite_url: str) ->
 def test_the_server_is_asked_to_stop_and_does_not_wait_for_ever(
     start: Start, sqlite_url: str
 ) -> None:
-    command, environment = recipe(sqlite_url, "--timeout-graceful-shutdown", "1")
-    server = start(*command, env=environment)
+    server = serve(start, sqlite_url, "--timeout-graceful-shutdown", "1")
     reader = slow_reader(server, "/orders.csv")
     server.signal(signal.SIGTERM)
     server.wait()
@@ -388,45 +591,119 @@ def test_the_server_is_asked_to_stop_and_does_not_wait_for_ever(
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_database_goes_away(start: Start, postgres: Postgres, path: str) -> None:
-    command, environment = recipe(filled(postgres))
-    server = start(*command, env=environment)
+    server = serve(start, filled(postgres))
     reader = slow_reader(server, path)
     postgres.kill()
     assert read_until([reader], lambda: reader.ended_at)
     assert not reader.ended_properly
-    refused = get(server, path)
-    assert refused.status_code == 503
-    assert refused.headers["Retry-After"] == "5"
+    assert refused(server, path)
     postgres.start()
     assert go_on(server, path, reader.body) == rows_after(path, 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_database_hangs(start: Start, tmp_path: Path, postgres: Postgres, path: str) -> None:
+    server = serve_impatiently(start, tmp_path, filled(postgres, MANY))
+    reader = slow_reader(server, path)
+    postgres.signal(signal.SIGSTOP, everyone=True)
+    assert refused(server, path)
+    assert read_until([reader], lambda: reader.ended_at)
+    assert not reader.ended_properly
+    postgres.signal(signal.SIGCONT, everyone=True)
+    wait_for(lambda: not refused(server, f"{path}?after={MANY - 1}"), "the database to be back")
+    assert go_on(server, path, reader.body, MANY) == rows_after(path, 0, MANY)
+    assert "Traceback" not in server.log
+
+
+def test_the_table_is_locked(start: Start, postgres: Postgres) -> None:
+    server = serve(start, filled(postgres, 10))
+    with psycopg.connect(postgres.database_url) as connection:
+        connection.execute("LOCK TABLE orders")
+        assert refused(server)
+    assert not refused(server)
+
+
+def test_sqlite_is_locked_by_a_writer(start: Start, tmp_path: Path) -> None:
+    server = serve(start, filled(tmp_path / "orders.db", 10))
+    with closing(sqlite3.connect(tmp_path / "orders.db")) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        assert refused(server)
+        server.wait_for_log("database is locked")
+    assert not refused(server)
 
 
 # The start ----------------------------------------------------------------------------------------
 
 
-def test_a_database_that_is_not_there(start: Start, tmp_path: Path, postgres: Postgres) -> None:
+def test_a_database_that_cannot_be_read_yet(
+    start: Start, tmp_path: Path, postgres: Postgres
+) -> None:
+    """The log says so at the start; when it is well, so are the downloads."""
     postgres.kill()
-    empty = tmp_path / "empty.db"
-    empty.touch()
+    servers = []
     for url, words in (
-        (postgres.database_url, "connection"),
-        (f"sqlite:///{empty}", "no such table: orders"),
-        (f"sqlite:///{tmp_path}/missing/orders.db", "No such file or directory: "),
+        (postgres.database_url, "onnection refused"),
+        (f"sqlite:///{tmp_path}/empty.db", "no such table: orders"),
+        (f"sqlite:///{tmp_path}/missing.db", f"{tmp_path}/missing.db.*unable to open"),
     ):
-        command, environment = recipe(url)
-        server = start(*command, env=environment)
-        (line,) = server.wait_for_log("ERROR.*")
-        assert "Until the orders can be read, downloads get 503: " in line
-        assert words in line
-        assert "Traceback" not in server.log
-        assert get(server, "/orders.csv").status_code == 503
+        (tmp_path / "empty.db").touch()
+        servers.append(serve(start, url))
+        servers[-1].wait_for_log(f"ERROR.*503.*{words}")
+        assert "Traceback" not in servers[-1].log
+        assert refused(servers[-1])
+    assert not (tmp_path / "missing.db").exists()
+    postgres.start()
+    assert refused(servers[0])  # there is no table
+    servers[0].wait_for_log('relation "orders" does not exist')
+    for database in (postgres, tmp_path / "empty.db", tmp_path / "missing.db"):
+        filled(database, 10)
+    for server in servers:
+        assert not refused(server)
+
+
+def start_in_vain(database_url: str) -> str:
+    """What uvicorn prints. It must not start."""
+    command = [sys.executable, "-m", "uvicorn", "recipes.export:app", "--port", str(free_port())]
+    environment = ENVIRONMENT | {"DATABASE_URL": database_url}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("mysql://u:geheim@host/db", "orders.db", "sqlite://", "sqlite:///", "geheim"),
+        *("postgresql://u:ge/heim@host/db", "postgresql://u:ge@heim@host/db"),
+        *("postgresql://u:geheim%@host/db", "postgresql+psycopg://u:geheim", "postgresql://"),
+        *("postgresql://u:geheim@host/db?sslmode", "postgresql://u:geheim@host/db?tls=true"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_sentence(url: str) -> None:
+    (sentence,) = start_in_vain(url).strip().splitlines()
+    assert sentence.startswith("DATABASE_URL should be ")
+    assert "heim" not in sentence
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_no_password_is_in_the_log(start: Start, postgres: Postgres, scheme: str) -> None:
+    url = filled(postgres, 10).replace("postgresql", scheme).replace("@", ":geh%20eim@")
+    server = serve(start, url)
+    assert get(server, "/orders.csv").status_code == 200
+    postgres.kill()
+    assert refused(server)
+    assert "eim" not in server.log
 
 
 def test_the_file_is_filled_once_and_whole(tmp_path: Path) -> None:
     """A worker is killed while it fills the file; then two start at once."""
     shutil.copy(ROOT / "main.py", tmp_path)
     (tmp_path / "recipes").mkdir()
-    shutil.copy(ROOT / "recipes" / "export.py", tmp_path / "recipes")
+    for name in ("export.py", "orders.sql", "common.py"):
+        shutil.copy(ROOT / "recipes" / name, tmp_path / "recipes")
+    (tmp_path / "recipes" / "pages").mkdir()
     file, journal = (tmp_path / "recipes" / name for name in ("orders.db", "orders.db-journal"))
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "DATABASE_URL"}
     command = [sys.executable, "-m", "uvicorn", "recipes.export:app", "--port"]
@@ -445,7 +722,6 @@ def test_the_file_is_filled_once_and_whole(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as threads:
         servers = list(threads.map(start, range(2)))
     try:
-        assert "".join(server.log for server in servers).count("Making ") == 1
         with sqlite3.connect(file) as connection:
             assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1_000_000,)
         for server in servers:
