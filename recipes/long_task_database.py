@@ -65,7 +65,10 @@ class Database:
     async def ask(self, question: Callable[..., T], *args: Any) -> T:
         """Ask the database, for 4 seconds at most, without holding up the event loop."""
         answer = asyncio.get_running_loop().run_in_executor(self.threads, question, *args)
-        return await asyncio.wait_for(answer, 4)
+        try:
+            return await asyncio.wait_for(answer, 4)
+        except TimeoutError:
+            raise TimeoutError("the database did not answer within 4 seconds") from None
 
     @contextmanager
     def at_work(self, task_id: str) -> Iterator[None]:

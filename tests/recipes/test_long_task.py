@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -302,6 +303,21 @@ def test_started_on_one_server_cancelled_on_another(postgres: Postgres) -> None:
 def test_the_database_is_away(postgres: Postgres, away: faults.Away) -> None:
     with place(postgres.database_url) as here:
         faults.take_the_database_away(here, postgres, away, 3)
+
+
+def test_sqlite_is_locked_by_somebody_else() -> None:
+    with place() as here:
+        server = here.serve(KEEP_ALIVE="1")
+        task_id = start_task(server, 10, 0.3)
+        reader = Reader(server.url, task_id)
+        reader.wait_for_event(1)
+        file = here.database_url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(file, LIMIT, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            answer = httpx.get(f"{server.url}/tasks/{task_id}", timeout=LIMIT)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert_exact(reader.wait(), 10)
+        assert reader.connections == 1
 
 
 def test_the_database_comes_back_empty(postgres: Postgres) -> None:
