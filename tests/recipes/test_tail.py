@@ -279,15 +279,6 @@ def test_a_line_of_1_mb_and_one_without_end(server: Process, log: Path, read: Re
 # Many lines, many readers -------------------------------------------------------------------------
 
 
-def test_a_burst_of_100_000_lines(log: Path, read: Read) -> None:
-    reader = read()
-    append(log, numbered(0, 100_000))
-    wait_for(lambda: reader.raw.body.endswith(b"data: line 99999\n\n"), "the burst")
-    assert reader.lines == [f"line {i}" for i in range(100_000)]
-    content = log.read_bytes()
-    assert reader.events[-1].id == id_at(content, len(content))
-
-
 def test_readers_share_one_file_that_the_last_one_gives_back(server: Process, log: Path) -> None:
     """With a file for each, half as many readers would use up what a process may open."""
     readers = [RawReader(server.port, "/log?lines=0", receive_buffer=4096) for _ in range(10)]
