@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import brotli  # type: ignore[import-untyped]
@@ -281,72 +282,68 @@ def test_any_question_passes_as_it_came(
 
 
 @pytest.mark.parametrize("question", [b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"], ids=str)
-def test_even_one_that_is_none(start: Start, question: bytes) -> None:
-    refusal = http(b'{"error": {"message": "What?"}}', "400 Bad Request")
-    with Upstream({"": refusal}) as upstream:
-        response = post(serve(start, "relay", upstream.url), question)
-        assert (response.status_code, response.content) == (400, refusal[-31:])
-        assert upstream.asked[-1][1] == question
+def test_even_one_that_is_none(relay: Process, upstream: Upstream, question: bytes) -> None:
+    refusal = b'{"error": {"message": "What?"}}'
+    upstream.answers[""] = http(refusal, "400 Bad Request")
+    response = post(relay, question)
+    assert (response.status_code, response.content) == (400, refusal)
+    assert upstream.asked[-1][1] == question
 
 
-def test_headers(start: Start) -> None:
+def test_headers(relay: Process, upstream: Upstream) -> None:
     more = (
         "X-Request-ID: r-1\r\nX-RateLimit-Remaining-Tokens: 7\r\nretry-after-ms: 900\r\n"
         "Retry-After: 7\r\nopenai-processing-ms: 3\r\nanthropic-ratelimit-requests-limit: 5\r\n"
         "apim-request-id: a\r\nx-own: caf\xe9\r\nSet-Cookie: a=b\r\nServer: upstream\r\n"
         "X-Accel-Redirect: /etc\r\nAccess-Control-Allow-Origin: *\r\n"
     ).encode("latin-1")
-    answers: dict[str, bytes | Handler] = {
-        "fine": http(COMPLETE).replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1),
-        "slow": http(b"{}", "429 X").replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1),
-    }
-    with Upstream(answers) as upstream:
-        relay = serve(start, "relay", upstream.url)
-        for model, stream in (("fine", True), ("slow", True), ("slow", False)):
-            headers = {
-                "Authorization": "Bearer the-readers",
-                "Cookie": "session=1",
-                "X-Api-Key": "the-readers",
-                "OpenAI-Organization": "o",
-                "X-Title": b"caf\xe9",
-            }
-            response = httpx.post(
-                f"{relay.url}/v1/chat/completions",
-                json=asked(model=model, stream=stream),
-                headers=headers,  # type: ignore[arg-type]
-                timeout=LIMIT,
-            )
-            for name, value in (
-                ("X-Request-ID", "r-1"),
-                ("X-RateLimit-Remaining-Tokens", "7"),
-                ("Retry-After", "7"),
-                ("Retry-After-Ms", "900"),
-                ("OpenAI-Processing-Ms", "3"),
-                ("Anthropic-RateLimit-Requests-Limit", "5"),
-                ("Apim-Request-Id", "a"),
-                ("X-Own", "café"),
-                ("Server", "uvicorn"),
-            ):
-                assert response.headers[name] == value
-            assert not {"set-cookie", "x-accel-redirect", "access-control-allow-origin"} & {
-                *response.headers
-            }
-            asked_with = upstream.asked[-1][0].lower()
-            assert "authorization: bearer the-key\r\n" in asked_with
-            assert "openai-organization: o\r\n" in asked_with
-            assert "x-title: caf\xe9\r\n" in asked_with
-            assert "the-readers" not in asked_with
-            assert "cookie" not in asked_with
+    for model, answer in (("fine", http(COMPLETE)), ("slow", http(b"{}", "429 X"))):
+        upstream.answers[model] = answer.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1)
+    for model, stream in (("fine", True), ("slow", True), ("slow", False)):
+        headers = {
+            "Authorization": "Bearer the-readers",
+            "Cookie": "session=1",
+            "X-Api-Key": "the-readers",
+            "OpenAI-Organization": "o",
+            "X-Title": b"caf\xe9",
+        }
+        response = httpx.post(
+            f"{relay.url}/v1/chat/completions",
+            json=asked(model=model, stream=stream),
+            headers=headers,  # type: ignore[arg-type]
+            timeout=LIMIT,
+        )
+        for name, value in (
+            ("X-Request-ID", "r-1"),
+            ("X-RateLimit-Remaining-Tokens", "7"),
+            ("Retry-After", "7"),
+            ("Retry-After-Ms", "900"),
+            ("OpenAI-Processing-Ms", "3"),
+            ("Anthropic-RateLimit-Requests-Limit", "5"),
+            ("Apim-Request-Id", "a"),
+            ("X-Own", "café"),
+            ("Server", "uvicorn"),
+        ):
+            assert response.headers[name] == value
+        assert not {"set-cookie", "x-accel-redirect", "access-control-allow-origin"} & {
+            *response.headers
+        }
+        asked_with = upstream.asked[-1][0].lower()
+        assert "authorization: bearer the-key\r\n" in asked_with
+        assert "openai-organization: o\r\n" in asked_with
+        assert "x-title: caf\xe9\r\n" in asked_with
+        assert "the-readers" not in asked_with
+        assert "cookie" not in asked_with
 
 
-def test_models(relay: Process, start: Start) -> None:
+def test_models(relay: Process, upstream: Upstream) -> None:
     assert "complete" in [model.id for model in client_of(relay.url).models.list()]
     assert httpx.head(f"{relay.url}/v1/models", timeout=LIMIT).status_code == 200
     for answer in (http(b"<h1>Hello</h1>", media_type="text/html"), http(b"null"), http(b"")):
-        with Upstream({"models": answer}) as upstream:
-            response = httpx.get(f"{serve(start, 'relay', upstream.url).url}/v1/models")
-            assert response.status_code == 502
-            assert response.json()["error"]["message"]
+        upstream.answers["models"] = answer
+        response = httpx.get(f"{relay.url}/v1/models", timeout=LIMIT)
+        assert response.status_code == 502
+        assert response.json()["error"]["message"]
 
 
 # What fails ---------------------------------------------------------------------------------------
@@ -418,21 +415,19 @@ def test_a_failure_in_mid_stream(relay: Process, name: str) -> None:
     assert WHY in post(relay, asked(model=f"mid: {name}", stream=True)).text
 
 
-def test_a_401_is_the_fault_of_the_key_of_the_relay(start: Start) -> None:
+def test_a_401_is_the_fault_of_the_key_of_the_relay(relay: Process, upstream: Upstream) -> None:
     refusal = http(b'{"error": {"message": "Wrong key: the-key"}}', "401 Unauthorized")
-    with Upstream({"x": refusal, "models": refusal}) as upstream:
-        relay = serve(start, "relay", upstream.url)
-        _, error = read(relay, model="x")
-        assert isinstance(error, openai.InternalServerError)
-        assert error.status_code == 502
-        assert "UPSTREAM_KEY is wrong" in error.message
-        with pytest.raises(openai.InternalServerError, match="UPSTREAM_KEY is wrong"):
-            client_of(relay.url).models.list()
-        assert "the-key" not in error.response.text + relay.log
+    upstream.answers["wrong key"] = refusal
+    _, error = read(relay, model="wrong key")
+    assert isinstance(error, openai.InternalServerError)
+    assert error.status_code == 502
+    assert "UPSTREAM_KEY is wrong" in error.message
+    assert "the-key" not in error.response.text + relay.log
 
 
 def test_nobody_listens(start: Start) -> None:
-    relay = serve(start, "relay", f"http://127.0.0.1:{free_port()}")
+    port = free_port()
+    relay = serve(start, "relay", f"http://127.0.0.1:{port}/v1")
     for stream in (True, False):
         response = post(relay, asked(stream=stream))
         assert response.status_code == 503
@@ -440,21 +435,24 @@ def test_nobody_listens(start: Start) -> None:
         assert response.elapsed.total_seconds() < 5
         assert "cannot be reached" in response.json()["error"]["message"]
     # It goes on when the upstream is there, without a restart.
-    with Upstream({"complete": http(whole("Hi"))}) as upstream:
-        relay = serve(start, "relay", upstream.url)
+    with Upstream({"complete": http(whole("Hi"))}, port):
         assert read(relay, model="complete") == ("Hi", None)
 
 
-def test_a_large_reason_takes_no_memory(start: Start) -> None:
+def memory_of(server: Process) -> int:
+    return int(psutil.Process(server.pid).memory_info().rss)
+
+
+def test_a_large_reason_takes_no_memory(lively: Process, upstream: Upstream) -> None:
     def talk(connection: Any) -> None:
         connection.sendall(b"HTTP/1.1 500 X\r\nContent-Type: text/plain\r\n\r\n")
         while True:
             connection.sendall(b"x" * 1_000_000)
 
-    with Upstream({"x": talk}) as upstream:
-        relay = serve(start, "relay", upstream.url)
-        assert post(relay, asked(model="x")).status_code == 500
-        assert psutil.Process(relay.pid).memory_info().rss < 300_000_000
+    upstream.answers["talks of its failure"] = talk
+    before = memory_of(lively)
+    assert post(lively, asked(model="talks of its failure")).status_code == 500
+    assert memory_of(lively) < before + 150_000_000
 
 
 # Silence, and who leaves --------------------------------------------------------------------------
@@ -472,61 +470,57 @@ def test_a_silent_stream_is_kept_alive(lively: Process) -> None:
         assert received.count(b"content-type: text/event-stream") == 1
 
 
-def test_what_fails_after_a_comment_is_an_event(start: Start) -> None:
-    def wait_a_second(connection: Any) -> None:
+def test_what_fails_after_a_comment_is_an_event(lively: Process, upstream: Upstream) -> None:
+    def refuse_later(connection: Any) -> None:
         connection.settimeout(1)
-        try:
+        with pytest.raises(TimeoutError):
             connection.recv(1)
-        except TimeoutError:
-            connection.settimeout(LIMIT)
-            connection.sendall(http(b'[{"error": {"message": "%s"}}]' % WHY.encode(), "400 X"))
+        connection.settimeout(LIMIT)
+        connection.sendall(http(b'[{"error": {"message": "%s"}}]' % WHY.encode(), "400 X"))
 
-    with Upstream({"x": wait_a_second}) as upstream:
-        relay = serve(start, "relay", upstream.url, relay__SILENCE=0.2)
-        text, error = read(relay, model="x", stream=True)
-        assert (text, type(error)) == ("", openai.APIError)
-        assert WHY in str(error)
+    upstream.answers["refuses later"] = refuse_later
+    text, error = read(lively, model="refuses later", stream=True)
+    assert (text, type(error)) == ("", openai.APIError)
+    assert WHY in str(error)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("model", ["hangs", "stalls", "a body that stalls"])
 def test_the_model_stops_when_the_reader_leaves(
-    start: Start, upstream: Upstream, model: str, stream: bool
+    lively: Process, upstream: Upstream, model: str, stream: bool
 ) -> None:
-    relay = serve(start, "relay", upstream.url)
     asked_before, before = len(upstream.asked), upstream.left.count(model)
-    with raw_post(relay, asked(model=model, stream=stream)):
+    with raw_post(lively, asked(model=model, stream=stream)):
         wait_for(lambda: len(upstream.asked) > asked_before, "the question")
         assert upstream.left.count(model) == before
     wait_for(lambda: upstream.left.count(model) > before, "the connection to be closed")
-    assert "Traceback" not in relay.log
+    assert "Traceback" not in lively.log
 
 
-def test_who_reads_nothing_takes_no_memory(start: Start) -> None:
+def test_who_reads_nothing_takes_no_memory(lively: Process, upstream: Upstream) -> None:
     def talk(connection: Any) -> None:
         connection.sendall(head())
         while True:
             connection.sendall(events(chunk({"content": "x" * 10_000})))
 
-    with Upstream({"x": talk}) as upstream:
-        relay = serve(start, "relay", upstream.url)
-        with raw_post(relay, asked(model="x", stream=True)) as reader:
-            reader.recv(1)
-            wait_until_idle(relay)
-            assert psutil.Process(relay.pid).memory_info().rss < 200_000_000
-        wait_for(lambda: upstream.left == ["x"], "the connection to be closed")
+    upstream.answers["talks for ever"] = talk
+    before = memory_of(lively)
+    with raw_post(lively, asked(model="talks for ever", stream=True)) as reader:
+        reader.recv(1)
+        wait_until_idle(lively)
+        assert memory_of(lively) < before + 100_000_000
+    wait_for(lambda: "talks for ever" in upstream.left, "the connection to be closed")
 
 
-def test_many_at_once(start: Start) -> None:
+def test_many_at_once(lively: Process, upstream: Upstream) -> None:
     """More than the hundred connections that an HTTP client opens by default."""
-    with Upstream({"stalls": hang_after(head() + events(*BEGINNING))}) as upstream:
-        relay = serve(start, "relay", upstream.url)
-        readers = [raw_post(relay, asked(model="stalls", stream=True)) for _ in range(120)]
-        for reader in readers:
-            assert reader.__enter__().recv(1) == b"H"
-        for reader in readers:
-            reader.__exit__(None, None, None)
-        wait_for(lambda: len(upstream.left) == 120, "the connections to be closed")
+    before = upstream.left.count("stalls")
+    with ExitStack() as stack:
+        for _ in range(120):
+            reader = stack.enter_context(raw_post(lively, asked(model="stalls", stream=True)))
+            assert reader.recv(1) == b"H"
+    left = lambda: upstream.left.count("stalls") == before + 120  # noqa: E731
+    wait_for(left, "the connections to be closed")
 
 
 # The settings -------------------------------------------------------------------------------------
@@ -536,12 +530,9 @@ def test_many_at_once(start: Start) -> None:
     ("name", "value"),
     [
         ("UPSTREAM_URL", "api.openai.com/v1"),
-        ("UPSTREAM_URL", "ftp://localhost/v1"),
-        ("UPSTREAM_URL", "http://"),
         ("UPSTREAM_URL", "http://local host/v1"),
         ("UPSTREAM_URL", "http://localhost:x/v1"),
         ("UPSTREAM_URL", "http://localhost:99999/v1"),
-        ("UPSTREAM_KEY", "s3cret key"),
         ("UPSTREAM_KEY", "s3cret☕"),
     ],
 )

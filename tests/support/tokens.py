@@ -18,6 +18,9 @@ QUESTION = "What is a <b>token</b>? A piece of text, such as ☕."
 LONG = "A long answer, of which nobody reads the end. " * 100  # 1,100 tokens
 
 
+http = httpx.Client(timeout=LIMIT)  # one takes longer to make than an answer
+
+
 def serve(start: Start, app: str, upstream: str = "", **constants: Any) -> Process:
     """Start an app of tests/support/tokens_servers.py. `relay__SILENCE=1` changes a constant."""
     changes = {name.replace("__", "."): value for name, value in constants.items()}
@@ -37,7 +40,7 @@ def asked(question: Any = QUESTION, **fields: Any) -> dict[str, Any]:
     return {"model": "parrot", "messages": messages, **fields}
 
 
-@cache  # one takes longer to make than an answer
+@cache
 def client_of(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="the-readers", max_retries=0, timeout=LIMIT)
 
@@ -62,7 +65,7 @@ def post(server: Process, body: Any) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     url = f"{server.url}/v1/chat/completions"
     headers = {"Content-Type": "application/json", "Authorization": "Bearer the-readers"}
-    return httpx.post(url, content=content, headers=headers, timeout=LIMIT)
+    return http.post(url, content=content, headers=headers)
 
 
 @contextmanager

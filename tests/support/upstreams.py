@@ -74,8 +74,8 @@ class Upstream:
     those whose reader closed the connection before the answer was over, or after it.
     """
 
-    def __init__(self, answers: Mapping[str, bytes | Handler]) -> None:
-        self.answers = answers
+    def __init__(self, answers: Mapping[str, bytes | Handler], port: int = 0) -> None:
+        self.answers = dict(answers)
         self.asked: list[tuple[str, bytes]] = []
         self.left: list[str] = []
         upstream = self
@@ -97,9 +97,10 @@ class Upstream:
 
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
+            allow_reuse_address = True
             request_queue_size = 128
 
-        self.server = Server(("127.0.0.1", 0), Connection)
+        self.server = Server(("127.0.0.1", port), Connection)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
     def answer(self, path: str, body: bytes, connection: socket.socket) -> None:
