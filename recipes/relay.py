@@ -41,8 +41,7 @@ FAILURES: dict[type[Exception], tuple[int, str]] = {
     httpx2.ReadTimeout: (504, "The upstream has stalled."),
     httpx2.HTTPError: (502, "The connection to the upstream broke."),  # and all others
 }
-# Headers: not cookies, nor the reader's own key, nor what belongs to one connection.
-PASSED_ON = re.compile(
+PASSED_ON = re.compile(  # headers; not cookies, keys, or what belongs to one connection
     rb"accept|content-type|user-agent|retry-after.*|idempotency-key|.*request-id|.*ratelimit-.*"
     rb"|traceparent|(x|openai)-(?!accel|api-key|forwarded).*"
 )
@@ -165,6 +164,7 @@ app.add_middleware(EndStreams, methods=("POST",))  # as in `tokens`
 
 
 @app.post("/v1/chat/completions")
-@app.api_route("/v1/models", methods=["GET", "HEAD"])
+@app.get("/v1/models")
+@app.head("/v1/models", include_in_schema=False)
 async def relay(request: Request) -> Answer:
     return Answer(request, request.scope["route"].path.removeprefix("/v1"), await request.body())
