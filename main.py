@@ -30,8 +30,7 @@ class Event(BaseModel):
 
 async def generate_events(first: int, steps: int, interval: float) -> AsyncGenerator[Event]:
     """Yield the events `first` to `steps - 1`. Event k is due k × interval after the first."""
-    start = asyncio.get_running_loop().time()
-    event_id = first
+    start, event_id = asyncio.get_running_loop().time(), first
     try:
         for event_id in range(first, steps):
             await sleep_until(start + (event_id - first) * interval)
@@ -353,14 +352,15 @@ class PageFiles(StaticFiles):
         return response
 
 
-page = PageFiles(directory=Path(__file__).resolve().parent / "page", check_dir=False)
-app.mount("/page", page)
+PAGE = Path(__file__).resolve().parent / "page"
+page = PageFiles(directory=PAGE, check_dir=False)
+if PAGE.is_dir():
+    app.mount("/page", page)
 
 
 @app.get("/", include_in_schema=False)
 async def index(request: Request, response: Response) -> Any:
-    """The page that shows the streams live; for a program, a list of the streams."""
-    if "text/html" in request.headers.get("accept", "") and page.lookup_path("index.html")[1]:
+    if "text/html" in request.headers.get("accept", "") and PAGE.is_dir():
         return await page.get_response("index.html", request.scope)
     response.headers["Vary"] = "Accept"
     return {"message": "The same events three times.", "streams": ["/text", "/ndjson", "/sse"]}

@@ -43,8 +43,10 @@ def test_every_link_leads_somewhere(file: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
-def test_the_first_screen_names_every_folder() -> None:
-    first_screen = (ROOT / "README.md").read_text().partition("## Run it")[0]
+def test_the_first_screen_has_both_commands_and_names_every_folder() -> None:
+    first_screen = (ROOT / "README.md").read_text().partition("\n## The lines that")[0]
+    assert first_screen.count("```sh") == 2
+    assert first_screen.count("\n") < 40
     for folder in ("page", *{file.parent.name for file in EVERY if file.parent != ROOT}):
         assert f"({folder}/)" in first_screen
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import main
-from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, wait_for
+from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, UVICORN, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import (
     PORT,
@@ -25,6 +25,7 @@ from tests.support.readme import (
     check_commands,
     check_excerpt,
     commands,
+    section,
     shows,
 )
 
@@ -75,29 +76,27 @@ def test_a_program_reads_the_stream_like_a_collection(readme_server: Process, bl
     assert result.stderr == ""
 
 
-def test_four_lines_end_the_streams_of_any_app(tmp_path: Path, start: Start) -> None:
-    """The README's app, and a stream that knows nothing of it: a stopping server does not wait."""
-    stream = """
-import asyncio
-from fastapi.responses import StreamingResponse
+def test_the_lines_that_everybody_writes(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "own.py").write_text(README.only("run: the lines that everybody writes"))
+    server = start(sys.executable, "-m", "uvicorn", "own:app", "--port", "{port}", cwd=tmp_path)
+    check_commands(README.only("run: what curl prints of them"), server.port)
 
-async def events():
-    yield "data: one\\n\\n"
-    await asyncio.sleep(600)
 
-@app.get("/sse")
-async def sse():
-    return StreamingResponse(events(), media_type="text/event-stream")
-"""
-    (tmp_path / "own.py").write_text(README.only("run: an app") + stream)
-    command = (sys.executable, "-m", "uvicorn", "own:app", "--app-dir", str(tmp_path))
-    server = start(*command, "--port", "{port}", env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
-    reader = RawReader(server.port, "/sse")
-    assert read_until([reader], lambda: reader.arrivals)
+def test_an_app_with_two_sections_of_main_py(tmp_path: Path, start: Start) -> None:
+    """In a folder of its own, in FastAPI's default file: `main.py`."""
+    (tmp_path / "stream.py").write_text(section(2))
+    (tmp_path / "end_streams.py").write_text(section(4))
+    (tmp_path / "main.py").write_text(README.only("run: with stream.py and end_streams.py"))
+    server = start(*UVICORN, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"})
+    left, stays = RawReader(server.port, "/ticks"), RawReader(server.port, "/ticks")
+    assert read_until([left, stays], lambda: left.arrivals and stays.arrivals)
+    left.close()
+    server.wait_for_log("closed")
     server.signal(signal.SIGTERM)
-    assert read_until([reader], lambda: reader.ended_at)
-    assert reader.ended_properly
+    assert read_until([stays], lambda: stays.ended_at)
+    assert stays.ended_properly
     server.wait()
+    assert server.log.count("closed") == 2
     assert "ERROR" not in server.log
 
 
@@ -132,8 +131,7 @@ def test_ci_installs_what_tests_need() -> None:
 
 def test_bytes_on_the_wire() -> None:
     event = main.Event(event_id=0, data="Step 1 of 10: ☕", is_last_event=False)
-    text, ndjson, sse = (
-        len(to_bytes(event)) for to_bytes in (main.to_text, main.to_ndjson, main.to_sse)
-    )
+    formats = (main.TextStream, main.NDJSONStream, main.SSEStream)
+    text, ndjson, sse = (len(form([]).render(event)) for form in formats)
     row = f"| costs on the wire, for such an event | {text} bytes | {ndjson} bytes | {sse} bytes |"
     assert row in README.text

@@ -227,3 +227,9 @@ def check_program(program: str, shown: str | None, port: int) -> None:
 def check_excerpt(lines: str, file: str) -> None:
     """Look for lines in a file of the project, given by its path in it."""
     assert lines in (ROOT / file).read_text(), f"not in {file}"
+
+
+def section(number: int) -> str:
+    """Return a numbered section of main.py, as a person copies it into a file of its own."""
+    text = (ROOT / "main.py").read_text()
+    return re.split(r"^(?=# \d\. )", text, flags=re.MULTILINE)[number]
