@@ -100,7 +100,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
         case SSLError():
             reason = f"TLS failed, {cause.strerror}"
         case OSError():
-            reason = str(cause.strerror or cause)
+            reason = str(cause.strerror or cause).rstrip(".")
         case _:
             words = getattr(cause, "message", cause)
             reason = " ".join(f"{type(cause).__name__}: {words}".split())[:200]

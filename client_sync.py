@@ -106,7 +106,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
         case SSLError():
             reason = f"TLS failed, {cause.strerror}"
         case OSError():
-            reason = str(cause.strerror or cause)
+            reason = str(cause.strerror or cause).rstrip(".")
         case _:
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
     if isinstance(error, requests.exceptions.ProxyError):
