@@ -38,7 +38,7 @@ async def read_events(url: str) -> AsyncGenerator[Event]:
                 if response.status == 204:  # No Content: nothing is left to read
                     return
                 await check_status(response, url)
-                body = response.content
+                body = response.content  # its `readline()` alone refuses lines of over 512 KB
                 while line := await in_time(body.readline(max_line_length=MAX_LINE), resume):
                     if event := new_event(line, resume.last_event_id, url):
                         yield event
