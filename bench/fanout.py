@@ -159,6 +159,7 @@ class Reader(asyncio.Protocol):
     def __init__(self, counters: Counters, path: str) -> None:
         self.counters, self.path = counters, path
         self.seen: set[int] = set()
+        self.placed = False  # it gets what is published from now on
         self.rest = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -169,6 +170,7 @@ class Reader(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         counters = self.counters
+        self.placed = self.placed or b"\nid: " in data
         data = self.rest + data
         end = 0
         for match in EVENT.finditer(data):
@@ -319,7 +321,8 @@ async def watch_channels(ports: list[int], plan: Plan) -> dict[str, Any]:
         for port in ports:
             make = partial(Reader, counters, f"/feed/channel:{number}")
             readers.append((await loop.create_connection(make, "127.0.0.1", port))[1])
-    await asyncio.sleep(2)
+    while not all(reader.placed for reader in readers):
+        await asyncio.sleep(0.1)
     for port in ports:
         publishers.append((await loop.create_connection(Publisher, "127.0.0.1", port))[1])
     events = int(plan.channels_rate * plan.crowd_window)

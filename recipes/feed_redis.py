@@ -75,9 +75,8 @@ class RedisLog(Log):
         except ValueError:  # its words may have a part of the password in them
             raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
         self.posting = asyncio.Lock()
-        self.rang, self.failed = set[str](), set[str]()  # channels to be read, that cannot be read
+        self.rang: dict[str, asyncio.Event] = {}  # channels to be read: set when it is done
         self.ringing = asyncio.Event()
-        self.read_next = asyncio.Event()  # set when all that rang until now has been read
         self.tasks: list[asyncio.Task[None]] = []
 
     async def publish(self, name: str, data: str, event: str) -> str:
@@ -96,39 +95,43 @@ class RedisLog(Log):
             loops = [keep_going("feed: Redis", loop) for loop in (self.listen, self.follow)]
             self.tasks = [asyncio.create_task(loop) for loop in loops]
         channel = self.channels.setdefault(name, Channel(name))
-        self.ring(name)
+        read = self.ring(name)
         with suppress(TimeoutError):
-            await asyncio.wait_for((read := self.read_next).wait(), 1)
-        return channel, read.is_set() and name not in self.failed
+            await asyncio.wait_for(read.wait(), 1)
+        return channel, read.is_set()
 
-    def ring(self, *names: str) -> None:
-        self.rang.update(names)
+    def ring(self, name: str) -> asyncio.Event:
+        self.rang[name] = read = self.rang.pop(name, asyncio.Event())
         self.ringing.set()
+        return read
 
     async def listen(self) -> None:
         """Look at all channels, and hear the bell for a while; then again, on a new connection."""
         with suppress(TimeoutError):
             async with self.bell.pubsub() as bell, asyncio.timeout(CHECK):
                 await bell.subscribe("feed")
-                self.ring(*self.channels)
+                for name in list(self.channels):
+                    self.ring(name)
                 async for message in bell.listen():
-                    self.ring(message["data"])
+                    if message["data"] in self.channels:
+                        self.ring(message["data"])
 
     async def follow(self) -> None:
-        """Read the channels that rang."""
+        """Read the channels that rang, the last ones first: bells before looks at all channels."""
         await self.ringing.wait()
-        self.ringing.clear()
-        names, self.rang = [*self.rang], set()
-        read, self.read_next = self.read_next, asyncio.Event()
-        for i in range(0, len(names), 20):  # the readers have their turn in between
-            await self.read([c for name in names[i : i + 20] if (c := self.channels.get(name))])
-        read.set()
+        some = [self.rang.popitem() for _ in range(min(20, len(self.rang)))]
+        if not self.rang:
+            self.ringing.clear()
+        await self.read([(c, read) for name, read in some if (c := self.channels.get(name))])
 
-    async def read(self, channels: list[Channel]) -> None:
+    async def read(self, rang: list[tuple[Channel, asyncio.Event]]) -> None:
         """Append what is new in these channels. One that cannot be read hinders no other."""
-        pairs = [(channel, (channel.ids or [channel.floor or "-"])[-1]) for channel in channels]
-        reads = [("EVAL", READ, 1, f"feed:{c.name}", FORGET, last, KEEP + 1) for c, last in pairs]
-        for (channel, last), entries in zip(pairs, await ask(self.reader, *reads), strict=True):
+        lasts = [(channel.ids or [channel.floor or "-"])[-1] for channel, _ in rang]
+        names = [f"feed:{channel.name}" for channel, _ in rang]
+        pairs = zip(names, lasts, strict=True)
+        commands = [("EVAL", READ, 1, name, FORGET, last, KEEP + 1) for name, last in pairs]
+        answers = await ask(self.reader, *commands)
+        for (channel, read), last, entries in zip(rang, lasts, answers, strict=True):
             try:
                 if isinstance(entries, Exception):
                     raise entries
@@ -139,12 +142,9 @@ class RedisLog(Log):
                     channel.begin(f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}")
                 for event_id, words in entries[first == last :]:
                     event = dict(zip(words[::2], words[1::2], strict=True))
-                    new = "data" in event and to_sse(
-                        event_id, event["data"], event.get("event", "")
-                    )
-                    channel.append(event_id, new or b"")
-                self.failed.discard(channel.name)
+                    text, kind = event.get("data"), event.get("event", "")
+                    channel.append(event_id, b"" if text is None else to_sse(event_id, text, kind))
+                read.set()
             except Exception as error:
                 logger.error("feed: cannot read channel %s: %s", channel.name, error)
-                self.failed.add(channel.name)
                 asyncio.get_running_loop().call_later(1, self.ring, channel.name)
