@@ -38,10 +38,9 @@ stop.addEventListener("click", async () => {
   }
 });
 
-window.addEventListener("hashchange", show);
-show();
-
-const shownId = () => encodeURIComponent(location.hash.slice(1));
+function shownId() {
+  return encodeURIComponent(location.hash.slice(1));
+}
 
 /** Show the answer whose id is in the address, from its first event on. */
 function show() {
@@ -100,3 +99,6 @@ function tell(state, words) {
   status.dataset.state = state;
   status.textContent = words;
 }
+
+window.addEventListener("hashchange", show);
+show();

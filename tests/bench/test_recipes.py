@@ -11,6 +11,7 @@ import pytest
 from tests.support.processes import LIMIT, ROOT, miss, need
 
 sys.path.append(str(ROOT / "bench"))
+import answers
 import export
 import fanout
 import long_task
@@ -43,10 +44,11 @@ def test_fanout_runs_and_everybody_gets_everything() -> None:
     assert {tuple(row[-2:]) for row in single + bursts + crowd} == {("0", "0")}
 
 
-@pytest.mark.parametrize("bench", [export, tail, long_task])
+@pytest.mark.parametrize("bench", [export, tail, long_task, answers])
 def test_it_runs(bench: ModuleType) -> None:
     need("sqlite3", "sqlite3")
     need("curl", "curl")
+    need("redis-server", "redis-server")
     assert run_quickly(bench).startswith("Measured on ")
 
 
