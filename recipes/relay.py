@@ -72,7 +72,7 @@ class Answer(Stream):
         headers = [(k, v) for k, v in request.headers.raw if PASSED_ON.fullmatch(k)]
         headers += [(b"authorization", b"Bearer " + KEY.encode())] if KEY else []
         self.asked = httpx2.Request(request.method, URL + path, headers=headers, content=question)
-        # A field: within a text, its quotes would be escaped.
+        # Its own field: within a text, the quotes would be escaped.
         self.is_stream = bool(re.search(rb'"stream"\s*:\s*(true|1)', question))
 
     async def stream_response(self, send: Send) -> None:
@@ -119,12 +119,10 @@ class Answer(Stream):
         self.raw_headers += [(k, v) for k, v in head if PASSED_ON.fullmatch(k)]
         is_stream = self.is_stream or b"text/event-stream" in dict(head).get(b"content-type", b"")
         self.is_stream = is_stream = is_stream and response.is_success
-        complete, part = failed or method == "HEAD", b""
+        complete, part = (failed and not self.begun) or method == "HEAD", b""
         try:
             while part := await self.wait_for(anext(parts, b"")):
-                if failed and self.begun:
-                    raise openai_error(status, f"The upstream answered {status}:", part)
-                complete = complete or ends(part, is_stream) or method == "GET"
+                complete = complete or (not failed and ends(part, is_stream)) or method == "GET"
                 if not (complete or is_stream):
                     break
                 await self.say(part)
@@ -132,7 +130,8 @@ class Answer(Stream):
             if not (complete and is_stream):
                 raise
         if not complete:
-            raise openai_error(502, "The upstream's answer is not complete.", part)
+            why = f" answered {status}." if failed else "'s answer is not complete."
+            raise openai_error(status if failed else 502, f"The upstream{why}", part)
 
     async def wait_for(self, coming: Awaitable[Any]) -> Any:
         """Await it, and send a comment in each 10 seconds of silence."""
