@@ -725,7 +725,7 @@ def test_the_page_names_the_recipes() -> None:
     page = (PAGE / "index.html").read_text()
     listed = re.findall(r"<dt>(\w+)</dt><dd>", page[page.index('id="recipes"') :])
     assert set(listed) == set(
-        re.findall(r"^## (\w+)", (ROOT / "recipes/README.md").read_text(), re.M)
+        re.findall(r"^## (\w+)$", (ROOT / "recipes/README.md").read_text(), re.M)
     )
 
 

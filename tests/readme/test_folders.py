@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stopping import faults, picture
+from tests.faults import picture
+from tests.faults import streams as faults
 from tests.support.fault_proxy import plans, whole_answer
 from tests.support.processes import ROOT, UVICORN, Process, Start
 from tests.support.readme import Block, Readme
@@ -79,7 +80,7 @@ def test_the_table_of_the_others_with_end_streams_is_of_what_faults_py_does() ->
 
 def test_the_picture_is_of_that_table() -> None:
     drawn = picture.draw(picture.README.read_text())
-    assert picture.PICTURE.read_text() == drawn, "run python -m tests.stopping.picture"
+    assert picture.PICTURE.read_text() == drawn, "run python -m tests.faults.picture"
 
 
 def test_the_table_of_broken_connections_is_of_what_fault_proxy_py_does(

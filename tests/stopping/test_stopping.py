@@ -281,7 +281,7 @@ for _ in range(2):
 
 def test_the_table_of_faults_in_short() -> None:
     """Of our server, and a few readers: nothing lost, nothing doubled, nothing cut off."""
-    command = [sys.executable, "-m", "tests.stopping.faults", "--ours", "--tries", "1"]
+    command = [sys.executable, "-m", "tests.faults.streams", "--ours", "--tries", "1"]
     command += ["--readers", "6", "--vanishing", "0", "--only", "kill"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr

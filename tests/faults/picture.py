@@ -1,6 +1,6 @@
-"""Draw the table of tests/README.md that `python -m tests.stopping.faults` prints.
+"""Draw the table of tests/README.md that `python -m tests.faults.streams` prints.
 
-Run `python -m tests.stopping.picture` when the table has changed.
+Run `python -m tests.faults.picture` when the table has changed.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Make the tables of faults: what gets lost and what comes twice, here and with what others offer.
 
-Run `python -m tests.stopping.faults`: twenty minutes. It prints two Markdown tables: of main.py and
+Run `python -m tests.faults.streams`: twenty minutes. It prints two Markdown tables: of main.py and
 the others, and of the others with `EndStreams` in front, for the faults by which a server is asked
 to stop. All run on the same uvicorn, one after the other, and get the same readers and faults.
 """
