@@ -179,7 +179,7 @@ class EndStreams:
 
     uvicorn waits for open connections, and tells an app that it stops only when all are closed:
     https://github.com/encode/uvicorn/issues/451. So this sends each open stream `http.disconnect`,
-    as if its reader had left, or cancels an app that never asks. Then the body gets its proper end.
+    as if its reader had left, and cancels an app that goes on. Then the body gets its proper end.
 
     Only event streams that answer a GET are ended: their readers come back and go on where they
     were. Half of a download, or of the answer to a POST, must not look complete: it runs on.
@@ -224,23 +224,20 @@ class EndStreams:
             handler(*args)
 
     @staticmethod
-    def _is_ours(handler: Any) -> bool:
-        """Whether it is `stop`, or wraps it, as that of a copy of this class may do."""
-        func, args = getattr(handler, "func", None), getattr(handler, "args", ())
-        return func == EndStreams.stop or any(map(EndStreams._is_ours, args))
-
-    @staticmethod
     def _watch(loop: asyncio.AbstractEventLoop, server: Any = None) -> None:
         """Ten times a second, put `stop` before signal handlers that are new."""
         for signum in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(signum)
-            owner = getattr(getattr(handler, "func", handler), "__self__", None)
+            chain: list[Any] = [handler := signal.getsignal(signum)]
+            while isinstance(chain[-1], functools.partial) and chain[-1].args:
+                chain.append(chain[-1].args[0])  # copies of this class wrap one another's handler
+            is_ours = EndStreams.stop in [getattr(each, "func", None) for each in chain]
+            owner = getattr(getattr(chain[-1], "func", chain[-1]), "__self__", None)
+            server = owner if hasattr(owner, "started") else server
             # Python's own handler and that of asyncio.run() stop no server.
             no_server = handler is signal.default_int_handler or isinstance(owner, asyncio.Runner)
-            if callable(handler) and not no_server and not EndStreams._is_ours(handler):
+            if callable(handler) and not no_server and not is_ours:
                 with suppress(ValueError):  # Python lets only the main thread set a handler
                     signal.signal(signum, functools.partial(EndStreams.stop, handler))
-                    server = owner if hasattr(owner, "started") else server
         # uvicorn's `Server` also stops without a signal, as for `--limit-max-requests`.
         if server and server.started and not any(each.is_serving() for each in server.servers):
             EndStreams.stop()
@@ -254,6 +251,7 @@ class _Exchange:
     def __init__(self, middleware: EndStreams, receive: Any, send: Any) -> None:
         self.middleware, self._receive, self._send = middleware, receive, send
         self.loop, self.running = asyncio.get_running_loop(), asyncio.timeout(None)
+        self.task = asyncio.current_task()
         self.receiving: set[asyncio.Timeout] = set()  # one for each task that waits in `receive`
         self.ended = self.owes_end = self.silent = False
 
@@ -275,7 +273,9 @@ class _Exchange:
                     finally:
                         self.receiving.discard(waiting)
         with suppress(RuntimeError):  # the app has returned, and one of its tasks still asks
-            self.running.reschedule(None)
+            # A task beside the app's own may just take note, as Falcon's does until the next event.
+            own = asyncio.current_task() is self.task
+            self.running.reschedule(None if own else self.loop.time() + 1)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
