@@ -19,9 +19,16 @@ TCP_REPAIR = 19  # linux/tcp.h; Python has no name for it
 
 
 class RawReader:
-    """One GET over one connection. Reads nothing before `read_until` is called."""
+    """One request over one connection. Reads nothing before `read_until` is called."""
 
-    def __init__(self, port: int, target: str, headers: str = "", receive_buffer: int = 0) -> None:
+    def __init__(
+        self,
+        port: int,
+        target: str,
+        headers: str = "",
+        receive_buffer: int = 0,
+        method: str = "GET",
+    ) -> None:
         self.path = target.partition("?")[0]
         self.body = bytearray()
         self.status = 0
@@ -30,13 +37,13 @@ class RawReader:
         self.ended_properly = False  # with the terminating chunk, not cut off
         self._http = h11.Connection(h11.CLIENT)
         # h11 reads an answer only to a request that it knows of.
-        self._http.send(h11.Request(method="GET", target=target, headers=[("Host", "test")]))
+        self._http.send(h11.Request(method=method, target=target, headers=[("Host", "test")]))
         self._http.send(h11.EndOfMessage())
         self.socket = socket.socket()
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(("127.0.0.1", port))
-        self.socket.sendall(f"GET {target} HTTP/1.1\r\nHost: test\r\n{headers}\r\n".encode())
+        self.socket.sendall(f"{method} {target} HTTP/1.1\r\nHost: test\r\n{headers}\r\n".encode())
 
     def receive(self) -> None:
         """Take what has arrived; at the end of the answer close the connection."""
