@@ -149,7 +149,7 @@ class Resume:
         """From now on, resume after this event; None is the start of the stream."""
         self.last_event_id = event["event_id"] if event else -1
         self.headers = {"Last-Event-ID": str(self.last_event_id)} if event else {}
-        self.deadline = time.monotonic() + GIVE_UP_AFTER
+        self.deadline = self.until = time.monotonic() + GIVE_UP_AFTER
         self.delay = FIRST_DELAY
 
     def __enter__(self) -> None:
