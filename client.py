@@ -51,8 +51,7 @@ def explained(url: str) -> Iterator[None]:
             reason = f"the proxy failed ({reason})"
         advice = "Start the server with `uvicorn main:app`, or check the address."
         if isinstance(error, HTTPError) and not isinstance(error, ValueError):  # in mid-stream
-            reason = f"it was cut off in mid-stream ({reason})"
-            advice = "Plain text cannot be resumed; NDJSON can, see client_sync.py."
+            advice = "Text cut off in mid-stream cannot be resumed; NDJSON can, see client_sync.py."
         raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
 
 
@@ -103,5 +102,9 @@ def show_chunks(url: str, show: Callable[[str], None]) -> None:
         show(f"{chunk!s:<30} {text!r}")
 
 
+def main() -> int:
+    return run(show_chunks, "http://localhost:8000/text", "pieces", StreamError)
+
+
 if __name__ == "__main__":
-    sys.exit(run(show_chunks, "http://localhost:8000/text", "pieces", StreamError))
+    sys.exit(main())
