@@ -51,10 +51,10 @@ async def sleep_until(due: float) -> None:
     loop = asyncio.get_running_loop()
     if due > loop.time():
         tick = loop, math.ceil(due / TICK)
-        if tick not in _ticks:
-            _ticks[tick] = asyncio.Event()
+        if (event := _ticks.get(tick)) is None:
+            event = _ticks[tick] = asyncio.Event()
             loop.call_at(tick[1] * TICK, lambda: _ticks.pop(tick).set())
-        await _ticks[tick].wait()
+        await event.wait()
 
 
 # 2. The response ----------------------------------------------------------------------------------
@@ -279,13 +279,12 @@ class _Exchange:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
-        begins = message["type"] == "http.response.start"
-        self.silent |= begins and self.ended  # the MCP SDK answers once more after a disconnect
-        if self.silent:
-            return
         if message["type"] == "http.response.body":
-            self.owes_end &= message.get("more_body", False)
-        elif begins:  # ASGI wants header names in lower case, but Django's are not
+            self.owes_end &= self.silent or message.get("more_body", False)
+        elif message["type"] == "http.response.start" and self.ended:
+            self.silent = True  # the MCP SDK answers once more after a disconnect
+        elif message["type"] == "http.response.start":
+            # ASGI wants header names in lower case, but Django's are not.
             headers = {name.lower(): value for name, value in message.get("headers", ())}
             media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if media_type in self.middleware.media_types and b"content-length" not in headers:
@@ -294,7 +293,8 @@ class _Exchange:
                 EndStreams._open.add(self)
                 if EndStreams._stopping[self.loop]:
                     self.end()
-        await self._send(message)
+        if not self.silent:
+            await self._send(message)
 
 
 # 5. The endpoints ---------------------------------------------------------------------------------
