@@ -1,6 +1,6 @@
 """Read the plain-text stream 16 bytes at a time, with requests, and see why that is not enough.
 
-Run `python client.py [URL]`. Each line shows the time, the bytes as cut, and the text they make.
+Run `python client.py [URL]`. Each line shows the time, the bytes of a piece, and its text.
 Plain text cannot tell an end from a cut, or where to resume: for that, see client_sync.py.
 """
 
@@ -37,13 +37,13 @@ class StreamError(Exception):
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turn whatever goes wrong into a StreamError."""
+    """Turn every error into a StreamError."""
     try:
         yield
     except StreamError:
         raise
     except Exception as error:
-        cause = error  # libraries wrap errors in errors; the innermost one says best what happened
+        cause = error  # libraries wrap errors in errors; the innermost one explains the most
         while isinstance(inner := cause.__cause__ or [None, *cause.args][-1], Exception):
             cause = inner
         reason = getattr(cause, "strerror", None) or repr(cause)
@@ -65,8 +65,8 @@ def check_status(response: requests.Response, url: str) -> None:
 
 
 def run(read: Callable[..., None], url: str, what: str, failure: type[Exception]) -> int:
-    """Show in a terminal what arrives, and then how it ended; return the exit status."""
-    end = "Exit status: 0 read to the end, 1 not (one line says why), 130 Ctrl-C."
+    """Print what arrives, then a summary; return the exit status."""
+    end = "Exit status: 0 the stream is complete, 1 it is not (one line says why), 130 Ctrl-C."
     parser = argparse.ArgumentParser(description=read.__doc__, epilog=end)
     parser.add_argument("url", nargs="?", default=url, help="default: %(default)s")
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -38,7 +38,7 @@ async def read_events(url: str) -> AsyncGenerator[Event]:
                 if response.status == 204:  # No Content: nothing is left to read
                     return
                 await check_status(response, url)
-                body = response.content  # its `readline()` alone refuses lines of over 512 KB
+                body = response.content  # by default, its `readline()` refuses lines over 512 KB
                 while line := await in_time(body.readline(max_line_length=MAX_LINE), resume):
                     if event := new_event(line, resume.last_event_id, url):
                         yield event
@@ -68,16 +68,16 @@ def new_session() -> aiohttp.ClientSession:
 
 async def in_time(work: Awaitable[Any], resume: Resume) -> Any:
     """Await `work`, at most until it is time to give up."""
-    # `sock_read` lets bytes trickle in for ever, and an interim answer (103) stops its clock.
+    # `sock_read` lets bytes trickle in forever, and an interim answer (103) stops its clock.
     async with asyncio.timeout(resume.until - time.monotonic()):
         return await work
 
 
 async def check_status(response: aiohttp.ClientResponse, url: str) -> None:
-    """Raise what an answer other than 200 OK means."""
+    """Raise an error if the status is not 200 OK."""
     code, text = response.status, ""
     status = f"{code} {response.reason}".rstrip()
-    if code in (408, 425, 429) or code >= 500:  # each of these asks to try again later
+    if code in (408, 425, 429) or code >= 500:  # these mean: try again later
         raise ConnectionError(f"the server answered {status}")
     if code != 200:
         with suppress(aiohttp.ClientError, OSError):  # cut, silent or damaged
@@ -86,8 +86,8 @@ async def check_status(response: aiohttp.ClientResponse, url: str) -> None:
 
 
 def explain(error: Exception, url: str, at_the_start: bool) -> str:
-    """Return what went wrong, if another attempt may help; else raise StreamError."""
-    cause = error  # libraries wrap errors in errors; the innermost one says best what happened
+    """Return what went wrong if another attempt may help; otherwise raise StreamError."""
+    cause = error  # libraries wrap errors in errors; the innermost one explains the most
     while isinstance(inner := cause.__cause__ or [None, *cause.args][-1], Exception):
         cause = inner
     match cause:
@@ -123,7 +123,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
     return reason
 
 
-# What follows, down to `new_event`, is the same in client_sync.py, to the letter ----------
+# From here to `new_event`, this file and client_sync.py are identical -----------------
 
 
 class Event(TypedDict):
@@ -151,7 +151,7 @@ class Resume:
         self.delay = FIRST_DELAY
 
     def __enter__(self) -> None:
-        # The last attempt, made at the deadline, has the time to bring an event too.
+        # The last attempt starts at the deadline; it too needs time to receive an event.
         self.until = max(self.deadline, time.monotonic() + CONNECT_TIMEOUT)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
@@ -165,11 +165,11 @@ class Resume:
         if remaining <= 0:
             raise StreamError(
                 f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
-                f"at last because {reason}. Check the server, then try again."
+                f"most recently because {reason}. Check the server, then try again."
             ) from error
         if first_time:
             logger.warning("The stream broke off %s (%s); resuming it.", where, reason)
-        # Not to the millisecond, or all the readers of a server come back at the same moment.
+        # A little random, or all readers of a server would come back at the same moment.
         self.pause = min(self.delay * random.uniform(0.9, 1.1), remaining)
         self.delay *= 1.5
         return True
@@ -183,7 +183,7 @@ def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
         event: Event | None = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         if not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n")):
-            return None  # what was cut off comes again when the stream is resumed
+            return None  # what was cut off is sent again when the stream is resumed
         event = None
     match event:
         case {"event_id": int(event_id), "data": str(), "is_last_event": bool()}:

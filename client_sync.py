@@ -78,10 +78,10 @@ class Arrived(io.RawIOBase):
 
 
 def check_status(response: requests.Response, url: str) -> None:
-    """Raise what an answer other than 200 OK means."""
+    """Raise an error if the status is not 200 OK."""
     code, text = response.status_code, ""
     status = f"{code} {response.reason}".rstrip()
-    if code in (408, 425, 429) or code >= 500:  # each of these asks to try again later
+    if code in (408, 425, 429) or code >= 500:  # these mean: try again later
         raise ConnectionError(f"the server answered {status}")
     if code in range(102, 200):  # https://github.com/python/cpython/issues/42550
         status += " (requests does not read past this interim answer, client_async.py does)"
@@ -92,8 +92,8 @@ def check_status(response: requests.Response, url: str) -> None:
 
 
 def explain(error: Exception, url: str, at_the_start: bool) -> str:
-    """Return what went wrong, if another attempt may help; else raise StreamError."""
-    cause = error  # libraries wrap errors in errors; the innermost one says best what happened
+    """Return what went wrong if another attempt may help; otherwise raise StreamError."""
+    cause = error  # libraries wrap errors in errors; the innermost one explains the most
     while isinstance(inner := cause.__cause__ or [None, *cause.args][-1], Exception):
         cause = inner
     match cause:
@@ -125,7 +125,7 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
     raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
 
 
-# What follows, down to `new_event`, is the same in client_async.py, to the letter ----------
+# From here to `new_event`, this file and client_async.py are identical -----------------
 
 
 class Event(TypedDict):
@@ -153,7 +153,7 @@ class Resume:
         self.delay = FIRST_DELAY
 
     def __enter__(self) -> None:
-        # The last attempt, made at the deadline, has the time to bring an event too.
+        # The last attempt starts at the deadline; it too needs time to receive an event.
         self.until = max(self.deadline, time.monotonic() + CONNECT_TIMEOUT)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
@@ -167,11 +167,11 @@ class Resume:
         if remaining <= 0:
             raise StreamError(
                 f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
-                f"at last because {reason}. Check the server, then try again."
+                f"most recently because {reason}. Check the server, then try again."
             ) from error
         if first_time:
             logger.warning("The stream broke off %s (%s); resuming it.", where, reason)
-        # Not to the millisecond, or all the readers of a server come back at the same moment.
+        # A little random, or all readers of a server would come back at the same moment.
         self.pause = min(self.delay * random.uniform(0.9, 1.1), remaining)
         self.delay *= 1.5
         return True
@@ -185,7 +185,7 @@ def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
         event: Event | None = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         if not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n")):
-            return None  # what was cut off comes again when the stream is resumed
+            return None  # what was cut off is sent again when the stream is resumed
         event = None
     match event:
         case {"event_id": int(event_id), "data": str(), "is_last_event": bool()}:

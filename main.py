@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # 1. The events ------------------------------------------------------------------------------------
 class Event(BaseModel):
-    """What all three streams carry. `is_last_event` tells a stream that ended from one cut off."""
+    """What all three streams carry. `is_last_event` tells a complete stream from one cut off."""
 
     event_id: int  # from 0
     data: str
@@ -38,11 +38,11 @@ async def generate_events(first: int, steps: int, interval: float) -> AsyncGener
             data = f"Step {event_id + 1} of {steps}: ☕"
             yield Event(event_id=event_id, data=data, is_last_event=event_id == steps - 1)
     finally:
-        # However the stream ends, this runs at once: the place to give back what it used.
+        # However the stream ends, this runs at once: the place to release what it used.
         logger.debug("generator closed at event %d of %d", event_id, steps)
 
 
-TICK = 0.002  # All that are due within it share a timer. One each would cost a third of the CPU.
+TICK = 0.002  # Events due in the same tick share a timer: one each would cost a third of the CPU.
 _ticks: dict[tuple[asyncio.AbstractEventLoop, int], asyncio.Event] = {}
 
 
@@ -77,9 +77,9 @@ HEADERS = {
 class Stream(StreamingResponse):
     """A `StreamingResponse` that closes its generator at once, however the stream ends.
 
-    It ends, it raises, its reader leaves, the server stops, the task is cancelled: each time its
-    `finally` runs, and may `await`. (Starlette's own response cancels a cleanup at its first
-    `await`.) While the reader is slow, it waits. If it raises, the body is visibly cut off.
+    Its `finally` runs, and may `await`, when it ends or raises, its reader leaves, the server stops
+    or the task is cancelled. (Starlette's own response cancels a cleanup at its first `await`.)
+    While the reader is slow, the generator waits. If it raises, the body is visibly cut off.
 
     `content` yields bytes, text, or what a subclass turns into bytes in `render`. A sync generator
     may block: it runs in threads. All arguments are those of `StreamingResponse`.
@@ -96,10 +96,10 @@ class Stream(StreamingResponse):
             async for chunk in content if is_async else iterate_in_threadpool(content):
                 yield self.render(chunk)
                 count += 1
-                if count % 16 == 0:  # a generator that never awaits would stop everybody else
+                if count % 16 == 0:  # a generator that never awaits would block everybody else
                     await asyncio.sleep(0)
         finally:
-            while getattr(content, "gi_running", False):  # noqa: ASYNC110  # it is in a thread
+            while getattr(content, "gi_running", False):  # noqa: ASYNC110  # it runs in a thread
                 await asyncio.sleep(0.01)
             if hasattr(content, "aclose"):
                 await content.aclose()
@@ -111,7 +111,7 @@ class Stream(StreamingResponse):
             await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send in a task of its own, and listen: only `receive` tells that the reader has left."""
+        """Send in one task and listen in another: only `receive` says that the reader has left."""
         sender = asyncio.create_task(self.stream_response(send))
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as until_sent:
@@ -121,7 +121,7 @@ class Stream(StreamingResponse):
                         pass
                 finally:
                     sender.cancel()
-                    # If AnyIO cancelled this task (a middleware's time limit), only a shield waits.
+                    # If AnyIO cancelled this task (a middleware's timeout), waiting needs a shield.
                     with anyio.CancelScope(shield=True):
                         await asyncio.wait([sender])
         if not sender.cancelled():
@@ -132,7 +132,7 @@ class Stream(StreamingResponse):
 
 # 3. The three formats -----------------------------------------------------------------------------
 class TextStream(Stream):
-    """The events' text, a line each: easy to print, but nothing says which event it was."""
+    """The text of each event on a line: easy to print, but without an event id."""
 
     media_type = "text/plain"
 
@@ -141,7 +141,7 @@ class TextStream(Stream):
 
 
 class NDJSONStream(Stream):
-    """An event a line (https://github.com/ndjson/ndjson-spec): JSON has no newline within it."""
+    """One event per line (https://github.com/ndjson/ndjson-spec): there is no newline inside it."""
 
     media_type = "application/x-ndjson"
 
@@ -177,12 +177,12 @@ from weakref import WeakKeyDictionary
 class EndStreams:
     """Ends open streams properly when the server is asked to stop: on Ctrl-C, SIGTERM, `--reload`.
 
-    uvicorn waits for open connections, and tells an app that it stops only when all are closed:
+    uvicorn waits for open connections, and tells the app of its stop only when all are closed:
     https://github.com/encode/uvicorn/issues/451. So this sends each open stream `http.disconnect`,
     as if its reader had left, and cancels an app that goes on. Then the body gets its proper end.
 
-    Only event streams that answer a GET are ended: their readers come back and go on where they
-    were. Half of a download, or of the answer to a POST, must not look complete: it runs on.
+    Only event streams that answer a GET are ended: their readers come back and resume. Downloads
+    and answers to a POST are left alone: ended early, they would look complete.
     """
 
     _stopping: ClassVar[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()  # by event loop
@@ -225,7 +225,7 @@ class EndStreams:
 
     @staticmethod
     def _watch(loop: asyncio.AbstractEventLoop, server: Any = None) -> None:
-        """Ten times a second, put `stop` before signal handlers that are new."""
+        """Ten times a second, wrap new signal handlers, so that they call `stop` first."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             chain: list[Any] = [handler := signal.getsignal(signum)]
             while isinstance(chain[-1], functools.partial) and chain[-1].args:
@@ -233,7 +233,7 @@ class EndStreams:
             is_ours = EndStreams.stop in [getattr(each, "func", None) for each in chain]
             owner = getattr(getattr(chain[-1], "func", chain[-1]), "__self__", None)
             server = owner if hasattr(owner, "started") else server
-            # Python's own handler and that of asyncio.run() stop no server.
+            # Python's own handler and that of asyncio.run() do not stop a server.
             no_server = handler is signal.default_int_handler or isinstance(owner, asyncio.Runner)
             if callable(handler) and not no_server and not is_ours:
                 with suppress(ValueError):  # Python lets only the main thread set a handler
@@ -256,12 +256,12 @@ class _Exchange:
         self.ended = self.owes_end = self.silent = False
 
     def end(self) -> None:
-        if self in EndStreams._open:  # neither over meanwhile, nor ended before
+        if self in EndStreams._open:  # not over yet, and not ended before
             EndStreams._open.discard(self)
             self.ended = True
             for waiting in self.receiving:
                 waiting.reschedule(0)
-            self.running.reschedule(self.loop.time() + 0.2)  # it is cancelled if it does not ask
+            self.running.reschedule(self.loop.time() + 0.2)  # cancel it unless it calls receive
 
     async def receive(self) -> Any:
         if not self.ended:
@@ -272,8 +272,8 @@ class _Exchange:
                         return await self._receive()
                     finally:
                         self.receiving.discard(waiting)
-        with suppress(RuntimeError):  # the app has returned, and one of its tasks still asks
-            # A task beside the app's own may just take note, as Falcon's does until the next event.
+        with suppress(RuntimeError):  # the app has returned, but one of its tasks still listens
+            # Another task may only take note, as Falcon's does: it acts after the next event.
             own = asyncio.current_task() is self.task
             self.running.reschedule(None if own else self.loop.time() + 1)
         return {"type": "http.disconnect"}
@@ -282,13 +282,13 @@ class _Exchange:
         if message["type"] == "http.response.body":
             self.owes_end &= self.silent or message.get("more_body", False)
         elif message["type"] == "http.response.start" and self.ended:
-            self.silent = True  # the MCP SDK answers once more after a disconnect
+            self.silent = True  # the MCP SDK answers again after a disconnect
         elif message["type"] == "http.response.start":
-            # ASGI wants header names in lower case, but Django's are not.
+            # ASGI requires header names in lower case; Django's are not.
             headers = {name.lower(): value for name, value in message.get("headers", ())}
             media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if media_type in self.middleware.media_types and b"content-length" not in headers:
-                # Only its compressor could write the end of a compressed body. That stays cut off.
+                # Only its compressor can write the end of a compressed body, so it stays cut off.
                 self.owes_end = b"content-encoding" not in headers
                 EndStreams._open.add(self)
                 if EndStreams._stopping[self.loop]:
@@ -326,7 +326,7 @@ def stream_after(last_event_id: str, steps: int, interval: float, form: type[Str
 
 @app.get("/text", response_class=TextStream)
 async def text(steps: Steps = 10, interval: Interval = 1) -> Response:
-    """The events' text, a line each. It cannot be resumed: no id is on the wire to resume by."""
+    """The text of each event on a line. It cannot be resumed: it has no event ids."""
     return stream_after("", steps, interval, TextStream)
 
 

@@ -2,7 +2,7 @@
 
 export const MAX_MARKS = 250; // drawn in a lane, however many events there were
 export const MAX_ROWS = 60; // shown in a lane: the latest
-const ON_TIME = 0.1; // seconds: what is late by less, nobody sees
+const ON_TIME = 0.1; // seconds; nobody sees a smaller delay
 
 /** Why no further event can come: one sentence for the person who looks at the lane. */
 export class StreamError extends Error {}
@@ -10,7 +10,7 @@ export class StreamError extends Error {}
 /**
  * One stream, from its start to its end. Readers tell it what happens; the page draws it.
  *
- * `seconds` gives the time since the start, on the clock that all lanes share.
+ * `seconds` returns the time since the start, on the clock that all lanes share.
  */
 export class Lane {
   state = "idle"; // open, resuming, done, failed
@@ -35,7 +35,7 @@ export class Lane {
     this.seconds = seconds;
   }
 
-  /** A request leaves: `GET /ndjson?…`, and with `Last-Event-ID` where it resumes. */
+  /** A request was sent: `GET /ndjson?…`, with `Last-Event-ID` if it resumes. */
   requested(path) {
     const header = this.lastEventId === null ? "" : `\nLast-Event-ID: ${this.lastEventId}`;
     this.show("request", { text: `GET ${path}${header}` });
@@ -46,7 +46,7 @@ export class Lane {
     this.rows.add({ kind, at: this.seconds(), ...what });
   }
 
-  /** The answer is here, and it is a stream. */
+  /** The answer has begun, and it is a stream. */
   opened() {
     this.state = "open";
     const again = this.connections.length > 0;
@@ -56,7 +56,7 @@ export class Lane {
   }
 
   /**
-   * An event, which may be one that the lane has already: says whether it was new.
+   * Take an event; return whether it was new. The lane may have it already.
    * Throws StreamError if events before it are missing.
    */
   take({ event_id: id, data, is_last_event: isLast }) {
@@ -68,7 +68,7 @@ export class Lane {
     const at = this.seconds();
     const connection = this.connections.at(-1);
     // The server sends event k when k × interval have passed, never earlier. So the event that took
-    // the least time to come shows where the server's clock began; each request has its own.
+    // the least time to arrive shows when the server's clock began; each request has its own.
     const origin = at - id * this.interval;
     if (origin < connection.origin) {
       connection.origin = origin;
@@ -83,7 +83,7 @@ export class Lane {
     return true;
   }
 
-  /** How long after it was due an event came. With an interval of 0 none is due: null. */
+  /** How many seconds after its time an event came; null if the interval is 0. */
   late({ id, at, connection }) {
     return this.interval ? at - id * this.interval - connection.origin : null;
   }
@@ -92,7 +92,7 @@ export class Lane {
   lost(why) {
     this.#close();
     if (this.complete) {
-      // Only an EventSource is told of an end: it asks again until it gets a 204.
+      // Only EventSource reports an end as a loss: it asks again until it gets a 204.
       this.words = "All events are here. EventSource comes back, until a 204 ends it.";
       return;
     }
@@ -119,13 +119,13 @@ export class Lane {
     if (this.ended === null) this.#over("idle", `Stopped ${this.#where()}.`);
   }
 
-  /** All came at once at the end, although the stream took more than a second (as in client.py). */
+  /** Everything came at the end, although the stream took over a second (as in client.py). */
   get heldBack() {
     const took = this.latest?.at ?? 0;
     return this.count > 1 && !this.lossSeen && took > 1 && this.first.at > 0.9 * took;
   }
 
-  /** What an arrival is called: plain text has no ids, so its lines are counted as people do. */
+  /** The name of an arrival. Plain text has no ids, so its lines are counted from 1. */
   name({ id }) {
     return this.stream === "text" ? `line ${id + 1}` : `event ${id}`;
   }
@@ -211,7 +211,7 @@ export function inSeconds(seconds) {
   return `${seconds.toFixed(3)} s`;
 }
 
-/** Whether so many seconds are late enough to be told. */
+/** Whether a delay of so many seconds is worth showing. */
 export const isLate = (seconds) => seconds >= ON_TIME;
 
 /** How late, in words: on time, 212 ms late. */

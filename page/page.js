@@ -1,4 +1,4 @@
-// The page: its form, its three lanes, and one drawing of all that is new for each frame.
+// The page: its form and its three lanes. In each frame, it draws all that is new at once.
 
 import { axisEnd, inSeconds, isLate, Lane, lateness, spans, StreamError, ticks } from "./lane.js";
 import { readNdjson, readSse, readText, Refused } from "./readers.js";
@@ -10,7 +10,7 @@ const STREAMS = [
     title: "Plain text",
     mediaType: "text/plain",
     read: readText,
-    hint: "Each piece as client.py would cut it: at most 16 bytes of a chunk that the network gave.",
+    hint: "Pieces as client.py reads them: at most 16 bytes of a chunk from the network.",
   },
   {
     stream: "ndjson",
@@ -24,19 +24,19 @@ const STREAMS = [
     title: "Server-sent events",
     mediaType: "text/event-stream",
     read: readSse,
-    hint: "The fields of each event, as EventSource tells them.",
+    hint: "The fields of each event, as EventSource gives them.",
   },
 ];
 const MAX_TEXT = 400; // characters of a row that are shown
 
-/** An element with these properties and children. What arrives only ever comes in as text. */
+/** An element with these properties and children. What arrives is only ever added as text. */
 function make(name, properties = {}, ...children) {
   const element = Object.assign(document.createElement(name), properties);
   element.append(...children);
   return element;
 }
 
-/** Set only what has changed: a write that changes nothing costs a layout all the same. */
+/** Set only what has changed: even a write that changes nothing costs a layout. */
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -217,7 +217,7 @@ class View {
     return `${this.lane.name(mark)} after ${inSeconds(mark.at)}, ${late}: ${mark.text}`;
   }
 
-  // Hovering over a track shows the event that is nearest there, focusing a mark shows that one.
+  // Hovering over a track shows the nearest event; focusing a mark shows its event.
 
   #listen() {
     this.track.addEventListener("pointermove", ({ clientX }) => {
@@ -255,7 +255,7 @@ class View {
     });
   }
 
-  /** Say beside its mark what an event was and when it came, if this lane shows it. */
+  /** Show beside its mark what an event was and when it came, if this lane shows it. */
   point(id) {
     this.marks.querySelector(".shown")?.classList.remove("shown");
     const mark = this.#marks.get(id);
@@ -274,7 +274,7 @@ function pointAt(id) {
   for (const view of views) view.point(id);
 }
 
-// The whole page -----------------------------------------------------------------------------------
+// The complete page --------------------------------------------------------------------------------
 
 const form = document.querySelector("#choices");
 const fields = [form.elements.steps, form.elements.interval];
@@ -302,13 +302,13 @@ function start() {
   draw(signal, seconds);
 }
 
-/** The choices as numbers; NaN where one is none. */
+/** The choices as numbers; NaN for what is not a number. */
 function chosen() {
   const [steps, interval] = fields.map(({ value }) => Number(value));
   return { steps, interval };
 }
 
-/** How long such a stream takes that is not cut, in seconds. */
+/** How long such a stream takes if it is not cut, in seconds. */
 const duration = ({ steps, interval }) => (steps - 1) * interval;
 
 async function read(view, query, lane, signal) {
@@ -363,7 +363,7 @@ function drawAxis(end) {
   );
 }
 
-/** What the server found wrong, beside the fields that it is about. */
+/** Show what the server found wrong, beside the fields in question. */
 function showProblems(problems) {
   for (const { loc, msg } of problems) {
     const field = fields.find(({ name }) => name === loc.at(-1));
@@ -377,7 +377,7 @@ function tell(field, problem) {
   setText(document.getElementById(`${field.name}-problem`), problem);
 }
 
-/** Tell a screen reader of changes of state, not of events, and not more often than each second. */
+/** Tell a screen reader about changes of state, not events, at most once a second. */
 const told = new Map();
 let toldAt = -Infinity;
 function announce() {
@@ -401,7 +401,7 @@ for (const [name, value] of new URLSearchParams(location.search)) {
   if (field) field.value = value;
 }
 drawAxis(axisEnd(duration(chosen()), 0));
-// A narrower window has room for fewer labels, also when nothing runs.
+// A narrower window has room for fewer labels, even when no stream runs.
 new ResizeObserver(() => drawAxis(axis.end)).observe(axis.element);
 form.addEventListener("input", keepInAddress);
 form.addEventListener("submit", (event) => {
@@ -410,7 +410,7 @@ form.addEventListener("submit", (event) => {
   start();
 });
 stopButton.addEventListener("click", () => running.abort());
-if (navigator.clipboard) { // there only on localhost and https
+if (navigator.clipboard) { // it exists only on localhost and https
   for (const figure of document.querySelectorAll("figure")) {
     const button = make("button", { type: "button", className: "copy", textContent: "Copy" });
     button.addEventListener("click", async () => {

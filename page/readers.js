@@ -1,5 +1,5 @@
-// The three ways to read a stream in a browser. Each tells its lane what happens, and ends when the
-// stream has ended, when it cannot go on (StreamError) or when `stop`, an AbortSignal, says so.
+// The three ways to read a stream in a browser. Each reports to its lane what happens. It ends when
+// the stream ends, when it cannot go on (StreamError), or when `stop`, an AbortSignal, is aborted.
 
 import { StreamError } from "./lane.js";
 import { cut, decodeLine, lines, messages, NotAnEvent, parseEvent } from "./wire.js";
@@ -10,10 +10,10 @@ const STALL_TIMEOUT = 15; // seconds without a byte; the server is never silent 
 const MAX_PIECES = 16; // shown of one chunk
 const NO_IDS = "Plain text has no ids to resume by.";
 
-/** This connection is of no more use, another one may be. */
+/** This connection failed; another attempt may succeed. */
 class ConnectionLost extends Error {}
 
-/** Nobody listens: at the start that is told at once, later the server may come back. */
+/** Nobody listens. At the start, this is reported at once; later, the server may come back. */
 class CannotConnect extends ConnectionLost {}
 
 /** The server refused the request: `problems` says which parameter is wrong, and why. */
@@ -24,7 +24,7 @@ export class Refused extends StreamError {
   }
 }
 
-/** Plain text: nothing in it tells an end from a cut, or where to go on after one. */
+/** Plain text: it cannot tell an end from a cut, and cannot be resumed. */
 export async function readText(url, lane, stop) {
   const connection = new Connection(stop);
   lane.cut = () => connection.abort("you cut the connection");
@@ -62,7 +62,7 @@ export async function readText(url, lane, stop) {
   lane.done("The body ended.");
 }
 
-/** NDJSON: each line is an event that says which it is, and whether it is the last. */
+/** NDJSON: each line is an event with its id, and says whether it is the last. */
 export async function readNdjson(url, lane, stop) {
   await readResuming(url, lane, stop, async function* (body) {
     for await (const line of items(body.pipeThrough(lines()))) {
@@ -96,8 +96,8 @@ export async function readSse(url, lane, stop) {
         lane.requested(path);
         resolve("204");
       } else {
-        // EventSource tells no more than that: the answer was no stream, such as a 422 or a 502.
-        resolve(new StreamError("EventSource gave up, and does not tell which answer it got."));
+        // EventSource says no more. The answer was not a stream, but for example a 422 or a 502.
+        resolve(new StreamError("EventSource gave up. It does not say which answer it got."));
       }
     };
     lane.cut = () => resolve("cut");
@@ -110,9 +110,9 @@ export async function readSse(url, lane, stop) {
 }
 
 /**
- * An EventSource cannot be cut by its page, only closed, and a new one cannot be told where to go
- * on (https://github.com/whatwg/html/issues/2177). So the rest comes as an EventSource would get it,
- * with fetch: the same request, again until the 204.
+ * A page can close an EventSource, but not cut it, and a new one cannot start after a given event
+ * (https://github.com/whatwg/html/issues/2177). So fetch reads the rest as an EventSource would:
+ * the same request, again and again until the 204.
  */
 async function goOnWithFetch(url, lane, stop) {
   lane.lost("you cut EventSource off, so fetch reads the rest");
@@ -129,8 +129,8 @@ async function goOnWithFetch(url, lane, stop) {
 }
 
 /**
- * Read a stream of events to its end, over as many connections as it takes, each with the
- * `Last-Event-ID` of the event before: after 0.2 seconds, then waiting half as long again each time.
+ * Read a stream of events to its end, over as many connections as it takes. Each new request sends
+ * the `Last-Event-ID`. The first pause is 0.2 seconds; each further one is half as long again.
  */
 async function readResuming(url, lane, stop, toEvents, { untilNoContent = false } = {}) {
   let delay = FIRST_DELAY;
@@ -163,7 +163,7 @@ async function readResuming(url, lane, stop, toEvents, { untilNoContent = false 
         throw new StreamError(`no event for ${GIVE_UP_AFTER} seconds (${error.message}).`);
       }
       lane.lost(error.message);
-      // Not to the millisecond, or all the readers of a server come back in one moment.
+      // A little random, or all readers of a server would come back at the same moment.
       await sleep(Math.min(delay * (0.9 + 0.2 * Math.random()), remaining), stop);
       delay *= 1.5;
     } finally {
@@ -219,7 +219,7 @@ class Connection {
     return this.#watch(response.body);
   }
 
-  /** The same bytes, but each shows that the connection lives, and a break is a ConnectionLost. */
+  /** Pass on the bytes. Each chunk restarts the stall timer; a broken body is a ConnectionLost. */
   #watch(body) {
     const reader = body.getReader();
     return new ReadableStream({
@@ -257,11 +257,11 @@ async function* items(stream) {
       yield value;
     }
   } finally {
-    reader.cancel().catch(() => {}); // it has failed already, or nobody is left to tell
+    reader.cancel().catch(() => {}); // it has failed already, or nobody reads it any more
   }
 }
 
-/** A transform that changes nothing, and tells of each chunk. */
+/** A transform that changes nothing, and calls `tell` with each chunk. */
 function tap(tell) {
   return new TransformStream({
     transform(chunk, controller) {

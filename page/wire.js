@@ -1,9 +1,9 @@
-// From bytes to what they say: pure functions and transforms, for any JavaScript that has streams.
+// From bytes to lines, characters and events: pure functions and transforms, without the DOM.
 
 const NEWLINE = 0x0a;
 const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
-/** Cut bytes as client.py does: at most `size` at a time, wherever that falls. */
+/** Cut bytes as client.py does: at most `size` at a time, even in the middle of a character. */
 export function cut(bytes, size = 16) {
   const pieces = [];
   for (let start = 0; start < bytes.length; start += size) {
@@ -13,7 +13,7 @@ export function cut(bytes, size = 16) {
 }
 
 /**
- * Write bytes as Python writes them: whole characters as they are, a newline as \n, and the bytes
+ * Write bytes as Python writes them: complete characters as they are, a newline as \n, and the bytes
  * of a character that was cut as \xe2\x98. Returns parts: [{ text, split }].
  */
 export function describe(bytes) {
@@ -36,7 +36,7 @@ export function describe(bytes) {
   return parts;
 }
 
-/** How many bytes a character has whose first byte is this one; 0 if none starts with it. */
+/** The length of the character that starts with this byte; 0 if no character does. */
 function lengthFrom(byte) {
   if (byte < 0x80) return 1;
   if (byte >= 0xc2 && byte < 0xe0) return 2;
@@ -63,11 +63,11 @@ function escape(character) {
 const hex = (byte) => byte.toString(16).padStart(2, "0");
 
 /**
- * A transform from the chunks that the network gives to lines, as bytes, each with its newline.
- * Without one, a last line was cut off.
+ * A transform from the network's chunks to lines, as bytes, each with its newline. A last line
+ * without a newline was cut off.
  */
 export function lines() {
-  let start = []; // of a line whose end has not come; joined once, not with each chunk
+  let start = []; // of a line that has not ended yet; joined once, not with each chunk
   return new TransformStream({
     transform(chunk, controller) {
       let from = 0;
@@ -94,7 +94,7 @@ function join(chunks) {
   return joined;
 }
 
-/** The text of a line, or null if it was cut off. Throws NotAnEvent if it is no UTF-8. */
+/** The text of a line, or null if it was cut off. Throws NotAnEvent if it is not UTF-8. */
 export function decodeLine(line) {
   if (line.at(-1) !== NEWLINE) return null;
   try {
@@ -108,10 +108,10 @@ export function decodeLine(line) {
   }
 }
 
-/** What was sent as an event is none. */
+/** Something was sent that is not an event. */
 export class NotAnEvent extends Error {
   constructor(text) {
-    super(`it sent what is no event: ${text.slice(0, 60)}`);
+    super(`the server sent something that is not an event: ${text.slice(0, 60)}`);
   }
 }
 
@@ -121,7 +121,7 @@ export function parseEvent(text) {
   try {
     event = JSON.parse(text);
   } catch {
-    // The check below tells.
+    // The check below rejects it.
   }
   if (
     Number.isSafeInteger(event?.event_id) &&

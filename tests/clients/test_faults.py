@@ -165,7 +165,7 @@ def test_without_a_new_event_it_gives_up(client: str, case: str) -> None:
     assert ids == ALL[: len(ids)]
     assert sentence
     assert sentence.startswith("Gave up ")
-    assert f"{server.url} sent no new event for 1 seconds, at last because " in sentence
+    assert f"{server.url} sent no new event for 1 seconds, most recently because " in sentence
     assert 1 <= took < LIMIT / 4
 
 

@@ -218,7 +218,7 @@ def test_an_interim_answer_and_then_silence(client: str) -> None:
         ids, sentence = read(module, server.url)
         assert ids == []
         assert sentence
-        assert "at last because it timed out" in sentence
+        assert "most recently because it timed out" in sentence
         assert time.monotonic() - begun < LIMIT
         wait_for(lambda: server.connections[0].closed, "the connection to be closed")
 
@@ -253,7 +253,7 @@ def test_when_it_gives_up_it_says_what_was_wrong(client: str, case: str) -> None
         assert len(server.connections) > 1
     assert ids == []
     assert sentence
-    assert re.search(rf"^Gave up at the start: .* at last because .*({reason})", sentence)
+    assert re.search(rf"^Gave up at the start: .* most recently because .*({reason})", sentence)
     assert "\n" not in sentence
 
 

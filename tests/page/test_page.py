@@ -439,7 +439,7 @@ PLACES = (
     ".media, .words, .figures, .wire, .card"
 )
 
-# Runs in the page before its own scripts. Besides what the browser calls a layout shift (Firefox
+# Runs in the page before its own scripts. Apart from what the browser calls a layout shift (Firefox
 # does not tell), it looks in each frame where everything is.
 WATCH = """
 const moved = [];
@@ -736,7 +736,7 @@ def test_readme_names_each_file_and_the_limits() -> None:
     assert {*named, "README.md"} == {file.name for file in PAGE.iterdir()}
     lane = (PAGE / "lane.js").read_text()
     marks, rows = re.findall(r"export const MAX_\w+ = (\d+);", lane)
-    assert f"at most {marks} marks besides the latest, and {rows} rows" in readme
+    assert f"at most {marks} marks plus the latest, and {rows} rows" in readme
     assert "const ON_TIME = 0.1;" in lane, "the tenth of a second"
     assert "```" not in readme, "nothing here is run"
 
