@@ -1,8 +1,8 @@
 """The basics: a response sends what a generator yields, when it yields it.
 
-Take it for a short stream that one reader waits for: a text that grows, a progress bar. Nothing
-here has an id, so a reader that lost its connection starts again. If it should go on where it was,
-take another recipe.
+Use it for a short stream that one reader waits for: a text that grows, a progress bar. Nothing here
+has an id, so a reader that lost its connection starts again. If readers should resume, use another
+recipe.
 
 `Stream`, from main.py, is Starlette's `StreamingResponse`. It adds two things: it closes the
 generator at once when the reader leaves, and it has the headers that proxies need.
@@ -22,11 +22,11 @@ from recipes.common import prepare
 app = FastAPI(title="The basics of streaming")
 prepare(app)
 # Without it, a reload waits for open streams. Plain text cannot say that it was ended early: leave
-# it out if somebody could take a part of it for all.
+# it out of the list if a reader could take a part for the complete text.
 app.add_middleware(EndStreams, media_types=("text/event-stream", "text/plain"))
 
 
-# A sync generator may block: each of its steps runs in a thread, of which there are 40 -----------
+# A sync generator may block: each of its steps runs in one of 40 threads -------------------------
 
 
 def chunks() -> Generator[str]:
@@ -41,7 +41,7 @@ def stream() -> Stream:
     return Stream(chunks(), media_type="text/plain")
 
 
-# An async generator must not block, because it shares one thread with everybody: it awaits --------
+# An async generator must not block: it shares one thread with all others, so it awaits ------------
 
 
 async def percentages() -> AsyncGenerator[str]:
@@ -56,7 +56,7 @@ async def progress() -> Stream:
     return Stream(percentages(), media_type="text/event-stream")
 
 
-# Server-sent events are text too: `data: `, and a blank line that ends the event ------------------
+# A server-sent event is text too: `data: `, and a blank line that ends it -------------------------
 
 
 def three_events() -> Generator[str]:
@@ -77,17 +77,17 @@ LINES = ["alpha", "beta", "gamma"]
 
 @app.get("/lines", response_class=Stream)
 def lines() -> Stream:
-    """A list, each of its items on a line."""
+    """A list, one item per line."""
     return Stream((f"{line}\n" for line in LINES), media_type="text/plain")
 
 
 @app.get("/broken", response_class=Stream)
 def broken() -> Stream:
-    """The same as server-sent events, of which a browser sees none."""
+    """The same as server-sent events, but wrong: a browser sees none of them."""
     return Stream((f"data: {line}\n" for line in LINES), media_type="text/event-stream")
 
 
 @app.get("/mended", response_class=Stream)
 def mended() -> Stream:
-    """The same, and a browser sees all three."""
+    """The same, corrected: a browser sees all three."""
     return Stream((f"data: {line}\n\n" for line in LINES), media_type="text/event-stream")

@@ -1,9 +1,9 @@
-"""What recipes need and no lesson is about: a limit on bodies, errors that are told, pages.
+"""What all recipes need, but no lesson is about: a limit on bodies, clear errors, pages.
 
     app = FastAPI()
     prepare(app, page="tail.html")
 
-There is nothing about streaming in here; the recipes can be read without it.
+Nothing here is about streaming; you can read the recipes without it.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",  # a browser keeps it, but asks each time whether it has changed
 }
-logger = logging.getLogger("uvicorn.error")  # a recipe's log is where its server's is
+logger = logging.getLogger("uvicorn.error")  # a recipe logs where its server does
 
 
 def prepare(app: FastAPI, page: str | None = None) -> None:
@@ -57,7 +57,7 @@ class PageFiles(StaticFiles):
 
 
 async def invalid_input(_: Request, error: RequestValidationError) -> Response:
-    """Answer FastAPI's 422, also where it repeats an input that JSON or UTF-8 cannot hold.
+    """Answer FastAPI's 422, even if it repeats an input that JSON or UTF-8 cannot hold.
 
     FastAPI answers 500 to `NaN`, `1e400` and `"\\ud800"` in a body:
     https://github.com/fastapi/fastapi/issues/459
@@ -70,7 +70,7 @@ async def invalid_input(_: Request, error: RequestValidationError) -> Response:
 async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: float = 1.0) -> None:
     """Await `work()` again and again; log each exception in one line, and go on after `pause` s.
 
-    A task in the background has nobody who sees its exception: it would end without a word.
+    Nobody sees the exception of a background task: without this, it would end silently.
     """
     while True:
         try:
@@ -86,7 +86,7 @@ async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: fl
 def openai_error(status: int, message: str, said: bytes = b"", **fields: Any) -> HTTPException:
     """Return an exception that reaches the reader as `{"error": {"message": …, "type": …}}`.
 
-    `said` is what another server said of its failure, in whatever shape. It is kept.
+    `said` is the body of another server's error, in any shape. It is passed on.
     """
     headers = {"Retry-After": "5"} if status == 503 else None
     with suppress(ValueError, RecursionError):
@@ -99,11 +99,11 @@ def openai_error(status: int, message: str, said: bytes = b"", **fields: Any) ->
 
 
 def use_openai_errors(app: FastAPI) -> None:
-    """Give all errors of an app that shape. Bad input is a 400 then, as it is with that API."""
+    """Give all errors of an app that shape. Bad input is then a 400, as in that API."""
 
     @app.exception_handler(StarletteHTTPException)
     async def tell(_: Request, error: StarletteHTTPException) -> Response:
-        detail: Any = error.detail  # FastAPI's own, such as that of a 404, is a text
+        detail: Any = error.detail  # FastAPI's own, such as a 404's, is a text
         told = openai_error(error.status_code, detail).detail if isinstance(detail, str) else detail
         return Response(json.dumps(told), error.status_code, error.headers, "application/json")
 
@@ -116,17 +116,17 @@ def use_openai_errors(app: FastAPI) -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """Name the error and the first line of what it says: PostgreSQL adds its statement below."""
+    """Return the error's name and first line. (PostgreSQL adds its statement in further lines.)"""
     nothing_said = "it took too long" if isinstance(error, TimeoutError) else "no reason given"
     why = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {why or nothing_said}"
 
 
 def database_url(default: str) -> str:
-    """Return DATABASE_URL: sqlite:///FILE or postgresql://…, also if SQLAlchemy spells it its way.
+    """Return DATABASE_URL as sqlite:///FILE or postgresql://…, also from SQLAlchemy's spelling.
 
-    A wrong one ends the program with a sentence. It never repeats the setting, and neither may
-    libpq's own message get into a log: both may have the password in them.
+    A wrong one ends the program with one sentence. The sentence does not repeat the setting or
+    libpq's own message, because both may contain the password.
     """
     url = os.environ.get("DATABASE_URL") or default
     found = re.fullmatch(r"(sqlite|postgres)(?:ql)?(?:\+\w+)?://(.+)", url, re.DOTALL)
@@ -141,7 +141,7 @@ def database_url(default: str) -> str:
 
 
 def is_readable(url: str) -> bool:
-    """Tell whether libpq can read it, and takes no part of the password for anything else."""
+    """Return whether libpq can parse the URL, and takes no part of the password for the host."""
     from psycopg import Error
     from psycopg.conninfo import conninfo_to_dict
 
@@ -149,7 +149,7 @@ def is_readable(url: str) -> bool:
         parts = conninfo_to_dict(url)
     except Error:
         return False
-    # That happens with a raw @ or / in the password.
+    # With a raw @ or / in the password, a part of it becomes the host, the port or the name.
     return "@" not in f"{parts.get('host')}{parts.get('dbname')}" and bool(
         re.fullmatch(r"[\d,]*", str(parts.get("port", "")))
     )

@@ -1,7 +1,7 @@
 """FastAPI's own server-sent events: an endpoint yields items, FastAPI makes events of them.
 
-Take it for tens or hundreds of readers: no frame is written by hand, the items are checked and
-described in /docs, and a silent stream is kept alive. For thousands take `main.py`'s `/sse`: there
+Use it for tens or hundreds of readers: you write no frames by hand, the items are checked and
+described in /docs, and a silent stream is kept alive. For thousands, use `main.py`'s `/sse`, where
 an event costs a tenth.
 
 Run `uvicorn recipes.fastapi_sse:app --reload`, then `curl -N localhost:8000/items/events`.
@@ -41,7 +41,7 @@ class StreamRoute(APIRoute):
 
 app = FastAPI(title="FastAPI's own server-sent events")
 app.router.route_class = StreamRoute
-app.add_middleware(EndStreams)  # without it a reload waits for open streams
+app.add_middleware(EndStreams)  # without it, a reload waits for open streams
 prepare(app)
 
 
@@ -66,21 +66,21 @@ ITEMS = [Item(name=n, price=p) for n, p in ((Name.CUP, 2.5), (Name.POT, 19), (Na
 
 
 def first_left(last_event_id: Annotated[str, Header(pattern="^[0-9]{0,18}$")] = "") -> int:
-    """Say where to go on. When an endpoint yields, it is too late for a 204: a dependency sends it.
+    """Return where to go on, or answer 204. In an endpoint that yields, a 204 would come too late.
 
     An empty `Last-Event-ID` counts as absent.
     """
     first = int(last_event_id) + 1 if last_event_id else 0
     if first >= len(ITEMS):
-        raise HTTPException(204, headers=HEADERS)  # an `EventSource` stops at nothing else
+        raise HTTPException(204, headers=HEADERS)  # an `EventSource` stops only at a 204
     return first
 
 
 def catalogue() -> Iterator[list[Item]]:
-    """Give what has to be closed, such as a database session; close it when the reader goes away.
+    """Open what has to be closed, such as a database session; close it when the reader leaves.
 
-    The endpoint's own `finally` may come late: FastAPI leaves a sync generator, and an async one
-    whose reader was slow, to Python's garbage collection.
+    The endpoint's own `finally` may run late: FastAPI leaves a sync generator, and an async one
+    with a slow reader, to Python's garbage collector.
     """
     yield ITEMS
 
@@ -93,7 +93,7 @@ Catalogue = Annotated[list[Item], Depends(catalogue)]
 
 @app.get("/items/stream", response_class=EventSourceResponse)
 async def stream_items(items: Catalogue) -> AsyncIterable[Item]:
-    """Items as they are: the annotation is their schema in /docs, and each is checked by it."""
+    """Items without event fields. The annotation checks each item, and is its schema in /docs."""
     for item in items:
         yield item
         await asyncio.sleep(0.5)
@@ -101,7 +101,7 @@ async def stream_items(items: Catalogue) -> AsyncIterable[Item]:
 
 @app.get("/items/sync", response_class=EventSourceResponse)
 def stream_items_sync(items: Catalogue) -> Iterable[Item]:
-    """The same from a sync generator, which may block: it runs in a thread."""
+    """The same from a sync generator. It may block, because it runs in a thread."""
     for item in items:
         yield item
         time.sleep(0.5)
@@ -115,7 +115,7 @@ def stream_items_sync(items: Catalogue) -> Iterable[Item]:
 async def stream_events(
     first: Annotated[int, Depends(first_left)], items: Catalogue
 ) -> AsyncIterable[ServerSentEvent]:
-    """Items as events with a name and an id, so that a reader can go on after the last it had."""
+    """Items as events with a name and an id, so that a reader can resume after its last event."""
     yield ServerSentEvent(comment="come again after a second", retry=1000)
     for i in range(first, len(items)):
         yield ServerSentEvent(event="item", id=str(i), data=items[i])
@@ -124,7 +124,7 @@ async def stream_events(
 
 @app.get("/items/raw", response_class=EventSourceResponse)
 async def stream_raw() -> AsyncIterable[ServerSentEvent]:
-    """`raw_data` is sent as it is; `data` is JSON, a text in quotes."""
+    """`raw_data` is sent unchanged; `data` would be JSON, with quotes around a text."""
     yield ServerSentEvent(raw_data="text, on\ntwo lines")
     yield ServerSentEvent(raw_data="<p>A <b>cup</b></p>", event="html")
     yield ServerSentEvent(raw_data="cup,2.50")
@@ -138,7 +138,7 @@ async def stream_mixed() -> AsyncIterable[ServerSentEvent]:
 
 @app.get("/items/slow", response_class=EventSourceResponse)
 async def stream_slowly() -> AsyncIterable[Item]:
-    """Two items, 20 seconds apart. After 15 FastAPI sends `: ping`, so that no proxy hangs up."""
+    """Two items, 20 seconds apart. After 15, FastAPI sends `: ping`, so that no proxy hangs up."""
     yield ITEMS[0]
     await asyncio.sleep(20)
     yield ITEMS[1]

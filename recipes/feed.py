@@ -1,7 +1,7 @@
-"""feed: channels, each with any number of readers. What is posted in one, all its readers get.
+"""feed: channels with any number of readers. Each event goes to all readers of its channel.
 
-Take it for a user's notifications, the scores of a match, the price of a share. For events that
-have one reader take `long_task`. What must survive a broken disk goes into a database first.
+Use it for a user's notifications, the scores of a match, the price of a share. For events with one
+reader, use `long_task`. If events must survive a broken disk, write them to a database first.
 
 Run it with `uvicorn recipes.feed:app --reload`, then open http://localhost:8000 in two tabs, or
 read a channel with `curl -N localhost:8000/feed/goals`.
@@ -33,11 +33,11 @@ KEEP = 1000  # events of each channel
 FORGET = 3600  # seconds without a post and without a reader, after which a channel is forgotten
 SILENCE = 10.0  # seconds without an event, after which a comment says that the stream is alive
 KEEP_ALIVE = b": keep-alive\n\n"
-WRITE = 65_536  # bytes that several events may have together in one write
+WRITE = 65_536  # bytes of several events that are sent in one write, at most
 
 
 def to_sse(event_id: str, data: str, name: str = "") -> bytes:
-    """The event as all its readers get it. Each kind of line break makes a line of its own."""
+    """Return the event as its readers get it. Each kind of line break begins a new `data` line."""
     event = "event: " + re.sub(r"[\r\n]", " ", name) + "\n" if name else ""
     lines = "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", data))
     return f"id: {event_id}\n{event}{lines}\n".encode(errors="replace")
@@ -46,14 +46,14 @@ def to_sse(event_id: str, data: str, name: str = "") -> bytes:
 class Channel:
     """The last events of a channel, each as the bytes that all its readers get.
 
-    Events are numbered as they come: `first` is the oldest that is kept, `end` the one to come. A
-    reader has no queue. It has a place: the number of the event that it gets next. If it is so slow
-    that its place is no longer kept, it gets a gap, and the oldest that is there.
+    Events are numbered in order: `first` is the oldest that is kept, `end` the next one. A reader
+    has no queue. It has a place: the number of the event that it gets next. If it is so slow that
+    this event is no longer kept, it gets a gap, then the oldest event that is kept.
     """
 
     def __init__(self, name: str, floor: str = "") -> None:
         self.name = name
-        self.floor = floor  # the id after which nothing is missing; empty: nothing was read yet
+        self.floor = floor  # no event after this id is missing; empty: nothing was read yet
         self.ids: list[str] = []
         self.frames: list[bytes] = []
         self.first = self.end = 1
@@ -73,25 +73,25 @@ class Channel:
         self.wake()
 
     def begin(self, floor: str) -> None:
-        """Begin anew after `floor`. All places are before it now: their readers get a gap."""
+        """Begin again after `floor`. All readers' places are now before it, so they get a gap."""
         self.floor, self.ids, self.frames = floor, [], []
         self.first = self.end = self.end + 1
         self.wake()
 
     def find(self, after: str, last: int) -> int:
-        """Return the place after an id, or that of the last few. 0: nobody knows the id here."""
+        """Return the place after an id, or that of the last few. 0: the id is unknown here."""
         known = [self.floor, *self.ids]
         if after:
             return self.first + known.index(after) if after in known else 0
         return max(self.end - last, self.first) if self.floor else 0
 
     def take(self, place: int) -> tuple[bytes, int]:
-        """Return what comes at this place, several events joined, and the place after it."""
-        if place not in self.chunk:  # most readers are at the same place: it is made once for all
+        """Return the events at this place, joined, and the place after them."""
+        if place not in self.chunk:  # most readers are at the same place, so make it once
             begin = max(place, self.first)
             frames = self.frames[begin - self.first :]
             if begin > place:
-                # In one piece with the next event, so that nobody is told twice for nothing.
+                # In one chunk with the next event: a cut between them would repeat the gap.
                 reason = json.dumps({"reason": "What came before this is no longer kept."})
                 frames[:1] = [to_sse(self.floor, reason, "gap") + b"".join(frames[:1])]
             count = max(1, bisect_right(list(accumulate(map(len, frames))), WRITE))
@@ -99,7 +99,7 @@ class Channel:
         return self.chunk[place]
 
     def wake(self) -> None:
-        """Let all who wait go on, each in its own task: none can harm another."""
+        """Wake all waiting readers. Each goes on in its own task, so none can harm another."""
         self.chunk = {}
         waiting, self.waiting = self.waiting, []
         for future in waiting:
@@ -110,7 +110,7 @@ class Channel:
             self.silence = None
 
     async def wait(self) -> None:
-        """Wait for an event, or for the end of ten silent seconds: one timer for all readers."""
+        """Wait for an event, for at most ten seconds. All readers share one timer."""
         loop = asyncio.get_running_loop()
         self.silence = self.silence or loop.call_later(SILENCE, self.wake)
         self.waiting.append(loop.create_future())
@@ -121,11 +121,11 @@ class Channel:
 
 
 async def read(channel: Channel, fresh: bool, after: str, last: int) -> AsyncGenerator[bytes]:
-    """Yield what came after the id `after`, or the last few events, and then all that come."""
+    """Yield the events after the id `after`, or the last few, and then all new ones."""
     channel.readers += 1
     try:
         while not (place := channel.find(after, last)) and not fresh:
-            yield KEEP_ALIVE  # the log is away; perhaps another server knows the id
+            yield KEEP_ALIVE  # the log cannot be read now; it may contain the id
             await asyncio.sleep(1)
             channel, fresh = await log.open(channel.name)
         # An id without an event: to go on from if the connection breaks before the first event.
@@ -158,8 +158,8 @@ class Log:
         self.count = 0
 
     async def open(self, name: str) -> tuple[Channel, bool]:
-        """Return the channel, and whether all that was posted until now is in it."""
-        # Two others are looked at as well, in turn, so that each is forgotten at some time.
+        """Return the channel, and whether it contains all that was posted until now."""
+        # Two others are checked as well, in turn, so that each unused one is removed in time.
         for each in (name, *islice(self.channels, 2)):
             channel = self.channels.pop(each, None)
             if channel and (channel.readers or channel.used + FORGET > time.monotonic()):
@@ -194,7 +194,7 @@ class Event(BaseModel):
 
 Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
 ID = r"^([0-9]{1,20}-[0-9]{1,20})?$"
-# Python's garbage collector looks through all that thousands of readers hold: seldom is enough.
+# The garbage collector scans what thousands of readers hold, so let it run less often.
 gc.set_threshold(50_000, 20, 50)
 app = FastAPI(title="Channels, and any number of readers")
 prepare(app, page="feed.html")
@@ -216,5 +216,5 @@ async def feed(
 ) -> Response:
     """All events from now on, or all after an id, as server-sent events."""
     found = await log.open(channel)
-    # An `EventSource` that comes back sends the header, and its old address.
+    # An `EventSource` that reconnects sends the header, and the same URL again.
     return Stream(read(*found, last_event_id or since, last), media_type="text/event-stream")

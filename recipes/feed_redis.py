@@ -1,11 +1,11 @@
 """The log of feed.py in Redis: a stream for each channel, any number of processes and machines.
 
 The stream is the log: https://redis.io/docs/latest/develop/data-types/streams/. Pub/Sub is a bell.
-If nobody hears it, an event comes up to five seconds late: so often all channels are looked at.
+If a bell is lost, its event is up to five seconds late: all channels are read that often.
 
 There are three connections, however many readers and channels: one posts, one reads, one hears the
-bell. Whatever goes wrong on one, also an error in an answer, the next command gets a new one: after
-a failover the old primary may keep its connections, and answer READONLY to every command.
+bell. After any error on a connection, even in an answer, the next command opens a new one: after a
+failover, the old primary may keep its connections and answer READONLY to every command.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from redis.backoff import NoBackoff
 from recipes.common import keep_going, logger
 from recipes.feed import FORGET, KEEP, Channel, Log, LogIsAway, to_sse
 
-CHECK = 5.0  # seconds from one look at all channels to the next
-PATIENCE = 4.0  # seconds that Redis may take for an answer
+CHECK = 5.0  # seconds between two reads of all channels
+PATIENCE = 4.0  # seconds that Redis has for an answer
 
-# What came after the event ARGV[2], and that event; if it is gone, all that there is. A new stream
-# gets an entry without an event: an id to go on from. A replica refuses, as it may not write.
+# Return the event ARGV[2] and all after it; if it is gone, return all events. A new stream gets an
+# entry without an event: an id to resume from. A replica refuses this script, since it writes.
 READ = """
 if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('XADD', KEYS[1], '*', 'begins', '') end
 redis.call('EXPIRE', KEYS[1], ARGV[1])
@@ -39,7 +39,7 @@ def connect(url: str) -> Any:
     """One connection to an address of redis-py, or to redis+sentinel://:PASSWORD@HOST:PORT/NAME."""
     options: dict[str, Any] = {"max_connections": 1, "decode_responses": True}
     options |= {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
-    # A retry may do a command twice. Protocol 3 notices a broken connection only by its use.
+    # A retry may run a command twice. Protocol 3 notices a broken connection only when it is used.
     options |= {"retry": Retry(NoBackoff(), 0), "protocol": 2, "encoding_errors": "replace"}
     address = urlsplit(url)
     if not address.scheme.endswith("+sentinel"):
@@ -53,7 +53,7 @@ def connect(url: str) -> Any:
 
 
 async def ask(client: Any, *commands: tuple[object, ...], strict: bool = False) -> Any:
-    """Send commands in one go; return their answers, errors among them unless `strict`."""
+    """Send commands in one pipeline; return their answers. `strict` raises the first error."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
@@ -66,16 +66,16 @@ async def ask(client: Any, *commands: tuple[object, ...], strict: bool = False) 
 
 
 class RedisLog(Log):
-    """The streams in Redis, and what was read of those that have readers in this process."""
+    """The streams in Redis, and what this process has read of those that have readers here."""
 
     def __init__(self, url: str) -> None:
         self.channels = WeakValueDictionary()  # a reader keeps its channel
         try:
             self.poster, self.reader, self.bell = connect(url), connect(url), connect(url)
-        except ValueError:  # its words may have a part of the password in them
+        except ValueError:  # its message may contain a part of the password
             raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
         self.posting = asyncio.Lock()
-        self.rang: dict[str, asyncio.Event] = {}  # channels to be read: set when it is done
+        self.rang: dict[str, asyncio.Event] = {}  # channels to read; set when that is done
         self.ringing = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -106,7 +106,7 @@ class RedisLog(Log):
         return read
 
     async def listen(self) -> None:
-        """Look at all channels, and hear the bell for a while; then again, on a new connection."""
+        """Ask for a read of all channels, then listen to the bell for CHECK seconds."""
         with suppress(TimeoutError):
             async with self.bell.pubsub() as bell, asyncio.timeout(CHECK):
                 await bell.subscribe("feed")
@@ -117,7 +117,7 @@ class RedisLog(Log):
                         self.ring(message["data"])
 
     async def follow(self) -> None:
-        """Read the channels that rang, the last ones first: bells before looks at all channels."""
+        """Read the channels that rang, the latest first: bells come before routine reads."""
         await self.ringing.wait()
         some = [self.rang.popitem() for _ in range(min(20, len(self.rang)))]
         if not self.rang:
@@ -125,7 +125,7 @@ class RedisLog(Log):
         await self.read([(c, read) for name, read in some if (c := self.channels.get(name))])
 
     async def read(self, rang: list[tuple[Channel, asyncio.Event]]) -> None:
-        """Append what is new in these channels. One that cannot be read hinders no other."""
+        """Append the new events of these channels. One that cannot be read delays no other."""
         lasts = [(channel.ids or [channel.floor or "-"])[-1] for channel, _ in rang]
         names = [f"feed:{channel.name}" for channel, _ in rang]
         pairs = zip(names, lasts, strict=True)
@@ -137,7 +137,7 @@ class RedisLog(Log):
                     raise entries
                 entries.reverse()
                 first = entries[0][0]
-                if first != last:  # it does not go on there: begin after the id below the first
+                if first != last:  # there is a gap: begin right before the first id
                     ms, number = map(int, first.split("-"))
                     channel.begin(f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}")
                 for event_id, words in entries[first == last :]:

@@ -1,11 +1,11 @@
-"""The model of `tokens`, `relay` and `answers`: a parrot, which says again what it was told.
+"""The model of `tokens`, `relay` and `answers`: a parrot, which repeats what it hears.
 
     async with aclosing(parrot("Hello, world!")) as tokens:
         async for token in tokens:
             print(token, end="", flush=True)
 
-It stands in for a real model, so that these recipes run without a key. Two things it has in common
-with one: a token takes a while to make, and each token that nobody reads is made for nothing.
+It replaces a real model, so that these recipes run without a key. As with a real one, a token takes
+a while to make, and a token that nobody reads is wasted.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ logger = logging.getLogger("uvicorn.error")  # `uvicorn --log-level debug` shows
 
 
 def to_tokens(text: str) -> list[str]:
-    """Cut a text into words, each with the space before it, and signs. Nothing of it is lost."""
+    """Cut a text into words, each with the space before it, and signs. No character is lost."""
     return re.findall(r" ?\w+|\s|[^\w\s]", text)
 
 

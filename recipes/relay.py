@@ -1,10 +1,10 @@
 """relay: stands between your readers and a real server of the chat completions protocol.
 
-It passes on bytes, in both directions, without rules of its own. It adds three things: its key; a
-comment in each 10 seconds of silence; an error, where an answer is not complete or is none at all.
+It passes on bytes in both directions, without rules of its own. It adds three things: its key; a
+comment after each 10 seconds of silence; an error if an answer is incomplete or not an answer.
 
 Run it with `UPSTREAM_URL=https://api.openai.com/v1 UPSTREAM_KEY=… uvicorn recipes.relay:app`.
-Without `UPSTREAM_URL` it relays `tokens`. Whoever reaches it spends your key: see relay.md.
+Without `UPSTREAM_URL` it relays `tokens`. Everybody who can reach it uses your key: see relay.md.
 """
 
 import asyncio
@@ -41,16 +41,16 @@ FAILURES: dict[type[Exception], tuple[int, str]] = {
     httpx2.ReadTimeout: (504, "The upstream has stalled."),
     httpx2.HTTPError: (502, "The connection to the upstream broke."),  # and all others
 }
-PASSED_ON = re.compile(  # headers; not cookies, keys, or what belongs to one connection
+PASSED_ON = re.compile(  # headers, but no cookies or keys, and none that belong to one connection
     rb"accept|content-type|user-agent|retry-after.*|idempotency-key|.*request-id|.*ratelimit-.*"
     rb"|traceparent|(x|openai)-(?!accel|api-key|forwarded).*"
 )
 EVENT_END = re.compile(rb"(?<=\n\n)|(?<=\r\r)|(?<=\n\r\n)")  # a line ends with LF, CR or CRLF
-FIELD = re.compile(rb"(?:^|[\r\n])(data|event|id|retry|): ?([^\r\n]*)")  # no name: a comment
+FIELD = re.compile(rb"(?:^|[\r\n])(data|event|id|retry|): ?([^\r\n]*)")  # an empty name: a comment
 
 
 def ends(part: bytes, is_stream: bool) -> bool:
-    """Does a part say that the answer is complete? Raises HTTPException if it is none."""
+    """Return whether this part completes the answer. Raises HTTPException for anything else."""
     fields = FIELD.findall(part)
     data = b"\n".join(value for name, value in fields if name == b"data") if is_stream else part
     if data.startswith(b"[DONE]"):
@@ -58,13 +58,13 @@ def ends(part: bytes, is_stream: bool) -> bool:
     try:
         answer = json.loads(data.strip() or (b"{}" if fields else b""))
         reasons = [choice.get("finish_reason") for choice in answer.get("choices") or []]
-    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or another shape
+    except (ValueError, TypeError, AttributeError, RecursionError):  # not JSON, or another shape
         raise openai_error(502, "The upstream's answer is not of this protocol:", part) from None
     return any(reasons) or (is_stream and bool(answer.get("error")))
 
 
 class Answer(Stream):
-    """The upstream's answer. Its head leaves with its first part: a failure before has a status."""
+    """The upstream's answer. Its status is sent with the first part, so it can still be an error's."""
 
     def __init__(self, request: Request, path: str, question: bytes) -> None:
         super().__init__(())
@@ -72,7 +72,7 @@ class Answer(Stream):
         headers = [(k, v) for k, v in request.headers.raw if PASSED_ON.fullmatch(k)]
         headers += [(b"authorization", b"Bearer " + KEY.encode())] if KEY else []
         self.asked = httpx2.Request(request.method, URL + path, headers=headers, content=question)
-        # Its own field: within a text, the quotes would be escaped.
+        # This finds the field only: within a text, the quotes would be escaped.
         self.is_stream = bool(re.search(rb'"stream"\s*:\s*(true|1)', question))
 
     async def stream_response(self, send: Send) -> None:
@@ -94,7 +94,7 @@ class Answer(Stream):
         await self.say(b"", more=False)
 
     async def parts(self) -> AsyncGenerator[Any]:
-        """Yield the response, then each event with its blank line, or else the body as a whole."""
+        """Yield the response, then each event with its blank line, or the complete body at once."""
         async with aclosing(await client.send(self.asked, stream=True)) as response:
             yield response
             rest = b""
@@ -109,7 +109,7 @@ class Answer(Stream):
             yield rest + b"\n\n" if self.is_stream and rest.strip() else rest
 
     async def pass_on(self, parts: AsyncGenerator[Any]) -> None:
-        """Pass on an answer as it comes. Raises HTTPException if it is not complete."""
+        """Pass on an answer while it arrives. Raises HTTPException if it is not complete."""
         response: httpx2.Response = await self.wait_for(anext(parts))
         status, method, failed = response.status_code, self.asked.method, not response.is_success
         if status == 401 or 300 <= status < 400:
@@ -134,7 +134,7 @@ class Answer(Stream):
             raise openai_error(status if failed else 502, f"The upstream{why}", part)
 
     async def wait_for(self, coming: Awaitable[Any]) -> Any:
-        """Await it, and send a comment in each 10 seconds of silence."""
+        """Await it, and send a comment after each 10 seconds of silence."""
         task = asyncio.ensure_future(coming)
         try:
             while not (await asyncio.wait([task], timeout=SILENCE))[0]:

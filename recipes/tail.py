@@ -1,7 +1,7 @@
 """A log file, live: its last lines, then each new one when it is written, as server-sent events.
 
-Take it to look over a server's shoulder, or to bring the lines of a file to another program. Take
-a feed instead when several servers write, or when readers may be away for longer than a log lasts.
+Use it to watch a server, or to send the lines of a file to another program. Use a feed instead if
+several servers write, or if readers may be away for longer than a log file is kept.
 
     LOG=/var/log/syslog uvicorn recipes.tail:app --reload
     curl -N "localhost:8000/log?lines=3"
@@ -50,8 +50,8 @@ class LogFile(FileIO):
 class Watch:
     """Looks at the log for all readers, and wakes them when it has changed.
 
-    inotify would also tell of each write to other files in the folder, and it sees nothing that
-    happens on a network disk.
+    inotify would also report each write to other files in the folder, and it does not see changes
+    on a network disk.
     """
 
     def __init__(self) -> None:
@@ -61,20 +61,20 @@ class Watch:
         self.changed = asyncio.Event()
 
     def open(self) -> LogFile | None:
-        """Return the file that is the log now; None, and a word to the server's log, if none is."""
+        """Return the file that is the log now; without one, log why and return None."""
         try:
             status = LOG.stat()
             if not self.file or not os.path.samestat(status, os.fstat(self.file.fileno())):
-                if not LOG.is_file():  # to open a named pipe would wait for its writer
+                if not LOG.is_file():  # opening a named pipe would wait for its writer
                     raise OSError(f"{LOG} is not a file")
                 old, self.file = self.file, LogFile(LOG)
                 if old:
                     old.next = self.file
             self.problem = ""
             return self.file
-        except Exception as error:  # whatever it is, the next look may find it well again
+        except Exception as error:  # whatever it is, the next look may succeed
             if str(error) != self.problem:
-                logger.warning("LOG is waited for: %s: %s", type(error).__name__, error)
+                logger.warning("Waiting for LOG: %s: %s", type(error).__name__, error)
             self.problem = str(error)
             return None
 
@@ -91,7 +91,7 @@ class Watch:
 
 watch = Watch()
 
-# 2. What a reader gets: each reads the file itself, so a slow one hinders nobody ------------------
+# 2. What a reader gets: each reads the file itself, so a slow reader delays nobody ----------------
 
 
 def id_at(offset: int, before: bytes) -> str:
@@ -101,7 +101,7 @@ def id_at(offset: int, before: bytes) -> str:
 
 def to_sse(line: bytes, event_id: str) -> bytes:
     text = line.lstrip(b"\0").removesuffix(b"\r").decode(errors="backslashreplace")
-    text = text.replace("\r", r"\x0d")  # by itself, too, a CR ends a line of an event stream
+    text = text.replace("\r", r"\x0d")  # a CR alone also ends a line of an event stream
     return f"id: {event_id}\ndata: {text}\n\n".encode()
 
 
@@ -111,7 +111,7 @@ def find_last_lines(file: LogFile, count: int, end: int) -> Generator[bytes, Non
         start = max(end - BLOCK, 0)
         block = file.read_at(start, end)
         if len(block) < end - start or not block.strip(b"\0"):
-            break  # truncated meanwhile, or a hole
+            break  # it has been truncated, or this is a hole
         before, *ends = block.rsplit(b"\n", count + 1)
         if len(ends) > count:
             return start + len(before) + 1
@@ -141,10 +141,10 @@ def read_file(file: LogFile, offset: int, last_id: str) -> Generator[bytes | Non
     """Yield what `read_log` does. Return the file to go on with, from its start."""
     known = file.read_at(offset - CHECKED, offset)
     if len(known) < min(offset, CHECKED) or last_id not in ("", id_at(offset, known)):
-        return file  # not the one of the id, even if a line happens to end at the same place
+        return file  # not the file of the id, even if a line ends at the same place
     line = b""  # a line that has not ended yet
     while True:
-        # Asked before reading. While a new file is empty, the writer may still write to this one.
+        # Checked before reading. While a new file is empty, the writer may still write to this one.
         follower = file.next
         replaced = follower and (follower.size() > 0 or follower.next)
         data = file.read_at(offset - len(known), offset + BLOCK)
@@ -152,7 +152,7 @@ def read_file(file: LogFile, offset: int, last_id: str) -> Generator[bytes | Non
             return file  # it was truncated, even if it has grown again since
         if data == known and follower and replaced:
             if line:
-                yield to_sse(line, id_at(offset, known))  # it will not get an end any more
+                yield to_sse(line, id_at(offset, known))  # nothing will complete this line
             return follower
         if data == known:
             yield None
@@ -160,7 +160,7 @@ def read_file(file: LogFile, offset: int, last_id: str) -> Generator[bytes | Non
         if not line and data[len(known)] == 0:
             # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
             # https://github.com/logrotate/logrotate/issues/286
-            with suppress(OSError):  # nothing is behind it yet
+            with suppress(OSError):  # there is no data after it yet
                 offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
             known = file.read_at(offset - CHECKED, offset)
             data = known + file.read_at(offset, offset + BLOCK)
@@ -184,7 +184,7 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
     retry = b"retry: 1000\n\n"  # ms
     changed = watch.changed  # taken before each look: nothing can happen in between
     for events in read_log(lines, last_id):
-        if retry and events != b"":  # whoever has this will get all that is written from now on
+        if retry and events != b"":  # it says: you will get all that is written from now on
             events, retry = retry + (events or b""), b""
         if not events and clock() >= due:
             events = b": keep-alive\n\n"
@@ -195,7 +195,7 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await changed.wait()
-        await asyncio.sleep(0)  # the others have their turn
+        await asyncio.sleep(0)  # let other tasks run
         changed = watch.changed
 
 

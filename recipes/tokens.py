@@ -1,12 +1,12 @@
 """tokens: an answer, token by token, over POST: the chat completions protocol of the OpenAI API.
 
-Take it to serve a model of your own: every client of that protocol can read it. A reader whose
-connection breaks asks again; if an answer must survive that, take `answers`. To stand in front of a
-server that speaks this protocol already, take `relay`.
+Use it to serve a model of your own: every client of that protocol can read it. A reader whose
+connection breaks has to ask again; if an answer must survive that, use `answers`. To put a server
+in front of one that already speaks this protocol, use `relay`.
 
 Run it with `uvicorn recipes.tokens:app --reload`, then open http://localhost:8000, or read it with
 `OpenAI(base_url="http://localhost:8000/v1", api_key="none")` of the `openai` package. The model is
-a parrot: it says again what the last message says.
+a parrot: it repeats the last message.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class Question(BaseModel):
 
 
 def plan(question: Question) -> tuple[str, str, dict[str, int]]:
-    """Return the text of the answer, why it ends, and the usage: a parrot knows all that before."""
+    """Return the answer's text, why it ends, and the usage. A parrot knows all that in advance."""
     text = question.messages[-1].text()
     ends = [end for stop in question.stop or [] if (end := text.find(stop)) >= 0]
     tokens = to_tokens(text[: min(ends, default=None)])
@@ -82,7 +82,7 @@ def plan(question: Question) -> tuple[str, str, dict[str, int]]:
 
 
 def to_json(value: object) -> bytes:
-    # In ASCII: a text can hold half of a surrogate pair, and UTF-8 cannot.
+    # In ASCII, because a text can contain half of a surrogate pair, which UTF-8 cannot encode.
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -131,7 +131,7 @@ async def events(question: Question) -> AsyncGenerator[bytes]:
 class Answer(Stream):
     """Tells its reader when it ends early: half an answer must not look complete.
 
-    To the `openai` package the end of the body is the end of the answer, with or without `[DONE]`.
+    For the `openai` package, the end of the body ends the answer, with or without `[DONE]`.
     """
 
     media_type = "text/event-stream"
@@ -150,7 +150,7 @@ class Answer(Stream):
 app = FastAPI(title="Tokens")
 prepare(app, page="tokens.html")
 use_openai_errors(app)
-# By default the answer to a POST is not ended early. Here it may be, since it says so.
+# By default, the answer to a POST is not ended early. Here it may be, because it says so.
 app.add_middleware(EndStreams, methods=("POST",))
 
 
@@ -161,8 +161,8 @@ async def chat_completions(question: Question) -> Stream:
         raise openai_error(404, message, param="model", code="model_not_found")
     if question.stream:
         return Answer(events(question))
-    # A stream too, since a stream is closed when its reader leaves, and so the model stops. FastAPI
-    # does not cancel an endpoint then.
+    # Also a Stream: it is closed when its reader leaves, so the model stops. FastAPI would not
+    # cancel an ordinary endpoint.
     return Stream(complete(question), media_type="application/json")
 
 
