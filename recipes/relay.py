@@ -64,7 +64,7 @@ def ends(part: bytes, is_stream: bool) -> bool:
 
 
 class Answer(Stream):
-    """The upstream's answer. Its status is sent with the first part, so it can still be an error."""
+    """The upstream's answer. Its status leaves with the first part: it can still be an error."""
 
     def __init__(self, request: Request, path: str, question: bytes) -> None:
         super().__init__(())
