@@ -172,8 +172,9 @@ def test_thirty_seconds_without_an_event_end_it(run: Run) -> None:
         warning, sentence = client.errors
         assert warning.startswith("The stream broke off after event 3 (")
         assert sentence == (
-            f"Gave up after event 3: {servers[name].url} sent no new event for 30 seconds, at last "
-            "because the server answered 503 Service Unavailable. Check the server, then try again."
+            f"Gave up after event 3: {servers[name].url} sent no new event for 30 seconds, most "
+            "recently because the server answered 503 Service Unavailable. "
+            "Check the server, then try again."
         )
 
 
