@@ -276,7 +276,7 @@ def run(fault: Fault, answers: int, readers: int, tokens: int = 500) -> Result:
 
 
 COLUMNS = ["fault", "readers", "events", "lost", "doubled", "out of order", "waiting"]
-COLUMNS += ["completed", "failed", "besides"]
+COLUMNS += ["completed", "failed", "also seen"]
 HEAD = f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 2)} --- |"
 
 

@@ -466,7 +466,7 @@ def run(fault: Fault, readers: int) -> Result:
 
 
 HEAD = (
-    "| fault | readers | events | lost | doubled | out of order | gaps told | besides |\n"
+    "| fault | readers | events | lost | doubled | out of order | gaps told | also seen |\n"
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
 )
 
