@@ -33,7 +33,8 @@ if URL and not re.fullmatch(ADDRESS, URL):
 if not re.fullmatch("[!-~]*", KEY):
     raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
 URL = URL.rstrip("/") or serve_parrot()
-client = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None, keepalive_expiry=2))
+# A new connection each time: an upstream may just have closed one that was kept (RFC 9112, 9.5).
+client = httpx2.AsyncClient(limits=httpx2.Limits(max_keepalive_connections=0))
 client.timeout = httpx2.Timeout(STALLED_AFTER, connect=4)
 FAILURES: dict[type[Exception], tuple[int, str]] = {
     httpx2.ConnectError: (503, "The upstream cannot be reached."),
