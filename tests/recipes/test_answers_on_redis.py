@@ -85,6 +85,7 @@ def test_a_silent_model_is_stopped_from_elsewhere(ask: Ask, redis: RedisServer) 
     servers = [ask.serve(redis.port, constants=constants) for _ in range(2)]
     here, there = (asked(server) for server in servers)
     response = here.responses.create(model="parrot", input="a", background=True)
+    servers[0].wait_for_log("the parrot begins")  # before that there is no model to be stopped
     assert there.responses.cancel(response.id).status == "cancelled"
     servers[0].wait_for_log("the parrot stopped after 0 of 1")
     assert here.responses.retrieve(response.id).status == "cancelled"
