@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.others.sections import copy_section
 from tests.support.processes import Start
 from tests.support.raw_reader import RawReader, read_until
+from tests.support.readme import copy_section
 from tests.support.stopping import assert_no_error, terminate
 
 THEIRS = """

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.others.sections import copy_section
 from tests.support.processes import ROOT, Start
 from tests.support.raw_reader import RawReader, read_until
+from tests.support.readme import copy_section
 from tests.support.stopping import assert_no_error, terminate
 
 WORDS = [f"word{number}" for number in range(20)]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.others.sections import copy_section
 from tests.support.processes import ROOT, Start, run_python
 from tests.support.raw_reader import RawReader, read_until
+from tests.support.readme import copy_section
 from tests.support.stopping import assert_no_error
 
 # uvicorn counts a request when its answer is complete.

@@ -25,7 +25,7 @@ from tests.support.readme import (
     check_commands,
     check_excerpt,
     commands,
-    section,
+    copy_section,
     shows,
 )
 
@@ -84,8 +84,8 @@ def test_the_lines_that_everybody_writes(tmp_path: Path, start: Start) -> None:
 
 def test_an_app_with_two_sections_of_main_py(tmp_path: Path, start: Start) -> None:
     """In a folder of its own, in FastAPI's default file: `main.py`."""
-    (tmp_path / "stream.py").write_text(section(2))
-    (tmp_path / "end_streams.py").write_text(section(4))
+    copy_section(2, tmp_path / "stream.py")
+    copy_section(4, tmp_path / "end_streams.py")
     (tmp_path / "main.py").write_text(README.only("run: with stream.py and end_streams.py"))
     server = start(*UVICORN, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"})
     left, stays = RawReader(server.port, "/ticks"), RawReader(server.port, "/ticks")

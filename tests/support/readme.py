@@ -229,7 +229,7 @@ def check_excerpt(lines: str, file: str) -> None:
     assert lines in (ROOT / file).read_text(), f"not in {file}"
 
 
-def section(number: int) -> str:
-    """Return a numbered section of main.py, as a person copies it into a file of its own."""
+def copy_section(number: int, file: Path) -> None:
+    """Write a numbered section of main.py to a file of its own, as a person copies it."""
     text = (ROOT / "main.py").read_text()
-    return re.split(r"^(?=# \d\. )", text, flags=re.MULTILINE)[number]
+    file.write_text(re.split(r"^(?=# \d\. )", text, flags=re.MULTILINE)[number])
