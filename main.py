@@ -79,14 +79,14 @@ class Stream(StreamingResponse):
 
     Its `finally` runs, and may `await`, when it ends or raises, its reader leaves, the server stops
     or the task is cancelled. (Starlette's own response cancels a cleanup at its first `await`.)
-    While the reader is slow, the generator waits. If it raises, the body is visibly cut off.
 
     `content` yields bytes, text, or what a subclass turns into bytes in `render`. A sync generator
     may block: it runs in threads. All arguments are those of `StreamingResponse`.
     """
 
     def __init__(self, content: Any, status_code: int = 200, *args: Any, **options: Any) -> None:
-        super().__init__(self.render_each(content), status_code, *args, **options)
+        self.rendered = self.render_each(content)
+        super().__init__(self.rendered, status_code, *args, **options)
         for name, value in HEADERS.items():
             self.headers.setdefault(name, value)
 
@@ -95,9 +95,8 @@ class Stream(StreamingResponse):
         try:
             async for chunk in content if is_async else iterate_in_threadpool(content):
                 yield self.render(chunk)
-                count += 1
-                if count % 16 == 0:  # a generator that never awaits would block everybody else
-                    await asyncio.sleep(0)
+                if (count := count + 1) % 64 == 0:
+                    await asyncio.sleep(0)  # a generator that never awaits would block all others
         finally:
             while getattr(content, "gi_running", False):  # noqa: ASYNC110  # it runs in a thread
                 await asyncio.sleep(0.01)
@@ -107,8 +106,13 @@ class Stream(StreamingResponse):
                 await run_in_threadpool(content.close)
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
+        start = {"type": "http.response.start", "status": self.status_code}
+        async with aclosing(self.rendered):
+            await send(start | {"headers": self.raw_headers})
+            async for chunk in self.body_iterator:  # which somebody may have wrapped
+                body = chunk.encode() if isinstance(chunk, str) else chunk
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send in one task and listen in another: only `receive` says that the reader has left."""
@@ -311,11 +315,7 @@ app.add_middleware(EndStreams, media_types=MEDIA_TYPES)
 
 
 def stream_after(last_event_id: str, steps: int, interval: float, form: type[Stream]) -> Response:
-    """Answer with the events after `last_event_id`, or with 204 if none is left.
-
-    The request alone says where to go on. Nothing is remembered between requests, so any worker,
-    any machine and a server that has just started can answer.
-    """
+    """Answer with the events after `last_event_id`, or with 204: the request alone says where."""
     first = int(last_event_id) + 1 if last_event_id else 0  # int() reads up to 4300 digits
     if first >= steps:
         # An `EventSource` reconnects after every end of a stream, until it gets a 204. A cache may

@@ -64,7 +64,7 @@ class LoggingRoute(APIRoute):
                 try:
                     async for chunk in iterator:
                         size += len(chunk)
-                        yield chunk
+                        yield bytes(chunk).decode()  # Starlette takes text, too
                 finally:
                     print(f"sent {response.status_code} {size}", flush=True)
 
