@@ -4,10 +4,8 @@ Use it for a user's notifications, the scores of a match, the price of a share. 
 reader, use `long_task`. If events must survive a broken disk, write them to a database first.
 
 Run it with `uvicorn recipes.feed:app --reload`, then open http://localhost:8000 in two tabs, or
-read a channel with `curl -N localhost:8000/feed/goals`.
-
-The events are in memory, in one process. With `REDIS_URL` (such as redis://localhost:6379) they are
-in Redis, for any number of processes and machines: see feed_redis.py.
+read a channel with `curl -N localhost:8000/feed/goals`. The events are in memory, in one process.
+With `REDIS_URL` (such as redis://localhost:6379) they are in Redis: see feed_redis.py.
 """
 
 import asyncio
@@ -33,6 +31,7 @@ KEEP = 1000  # events of each channel
 FORGET = 3600  # seconds without a post and without a reader, after which a channel is forgotten
 SILENCE = 10.0  # seconds without an event, after which a comment says that the stream is alive
 KEEP_ALIVE = b": keep-alive\n\n"
+GATHER = 0.002  # seconds; events that come within this time wake their readers once
 WRITE = 65_536  # bytes of several events that are sent in one write, at most
 
 
@@ -57,11 +56,10 @@ class Channel:
         self.ids: list[str] = []
         self.frames: list[bytes] = []
         self.first = self.end = 1
-        self.readers = 0
-        self.used = time.monotonic()  # when it was last posted in or read
+        self.readers, self.used = 0, time.monotonic()  # when it was last posted in or read
         self.chunk: dict[int, tuple[bytes, int]] = {}  # see `take`
         self.waiting: list[asyncio.Future[None]] = []
-        self.silence: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
     def append(self, event_id: str, frame: bytes) -> None:
         self.ids.append(event_id)
@@ -70,13 +68,13 @@ class Channel:
         if len(self.ids) > KEEP:
             self.floor, self.first = self.ids.pop(0), self.first + 1
             del self.frames[0]
-        self.wake()
+        self.wake_within(GATHER)
 
     def begin(self, floor: str) -> None:
         """Begin again after `floor`. All readers' places are now before it, so they get a gap."""
         self.floor, self.ids, self.frames = floor, [], []
         self.first = self.end = self.end + 1
-        self.wake()
+        self.wake_within(GATHER)
 
     def find(self, after: str, last: int) -> int:
         """Return the place after an id, or that of the last few. 0: the id is unknown here."""
@@ -98,23 +96,27 @@ class Channel:
             self.chunk = {place: (b"".join(frames[:count]), min(begin + count, self.end))}
         return self.chunk[place]
 
+    def wake_within(self, seconds: float) -> None:
+        """Wake the readers then, or earlier. They share one timer, for events and for silence."""
+        self.chunk, loop = {}, asyncio.get_running_loop()
+        if self.timer and self.timer.when() > loop.time() + seconds:
+            self.timer.cancel()
+            self.timer = None
+        self.timer = self.timer or loop.call_later(seconds, self.wake)
+
     def wake(self) -> None:
         """Wake all waiting readers. Each goes on in its own task, so none can harm another."""
-        self.chunk = {}
-        waiting, self.waiting = self.waiting, []
+        waiting, self.waiting, self.timer = self.waiting, [], None
         for future in waiting:
             if not future.done():  # its reader has left
                 future.set_result(None)
-        if self.silence:
-            self.silence.cancel()
-            self.silence = None
 
-    async def wait(self) -> None:
-        """Wait for an event, for at most ten seconds. All readers share one timer."""
-        loop = asyncio.get_running_loop()
-        self.silence = self.silence or loop.call_later(SILENCE, self.wake)
-        self.waiting.append(loop.create_future())
-        await self.waiting[-1]
+    def wait(self) -> asyncio.Future[None]:
+        """Return what to await for an event, for at most ten seconds."""
+        if not self.timer:
+            self.wake_within(SILENCE)
+        self.waiting.append(asyncio.get_running_loop().create_future())
+        return self.waiting[-1]
 
 
 # 2. A reader --------------------------------------------------------------------------------------
