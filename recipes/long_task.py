@@ -11,38 +11,48 @@ Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost
     curl -N localhost:8000/tasks/ID/events
 
 DBOS keeps what each part returned in a database: SQLite in a file next to this one, or PostgreSQL
-for more than one machine, DATABASE_URL=postgresql://user:password@host/database. What happens
-when the database or a server goes away is in long_task_database.py.
+for more than one machine, DATABASE_URL=postgresql://user:password@host/database.
 """
 
 import asyncio
-import hmac
+import fcntl
 import os
 import sys
+import time
 import uuid
-from collections.abc import AsyncIterator
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any, Literal
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal, TypeVar
 
-from dbos import DBOS, StepOptions
-from fastapi import FastAPI, Header, HTTPException, Path, Request, Response
+import sqlalchemy as sa
+from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, SetWorkflowID, error
+from fastapi import FastAPI, Header, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from sqlalchemy import event, exc
 
 from main import HEADERS, EndStreams, Stream
-from recipes.common import keep_going, prepare
-from recipes.long_task_database import AWAY, DEATHS, Database
+from recipes.common import database_url, in_one_line, keep_going, logger, prepare
 
-NAME = "long_task"
-POLL = 0.1  # seconds from one look at the tasks that are watched to the next
-KEEP = 7  # days from the end of a task until it is deleted
+NAME = "long_task"  # of the workflow and its queue
+POLL = 0.1  # seconds from one look at the tasks that have readers to the next
+LOOK = 1.0  # seconds from one look for tasks that nobody works on to the next
+DEATHS = 3  # servers that did not survive the same part; then its task has failed
+KEEP = timedelta(days=7)  # from the end of a task until it is deleted
 KEEP_ALIVE = 10.0  # seconds of silence, then a comment
-database = Database(NAME, KEEP)
+DATABASE_URL = database_url(default=f"sqlite:///{Path(__file__).resolve().with_suffix('.sqlite')}")
+IS_SQLITE = DATABASE_URL.startswith("sqlite:")
+T = TypeVar("T")
 
 
 # 1. The work --------------------------------------------------------------------------------------
 
 
+@DBOS.step(retries_allowed=True, max_attempts=3)  # with pauses of 1 and 2 seconds
 async def work(part: int, seconds: float) -> float:
     """Do one part of the work. Yours goes here; what blocks goes through `asyncio.to_thread`.
 
@@ -53,20 +63,24 @@ async def work(part: int, seconds: float) -> float:
     return seconds
 
 
-# A part that raises is tried three times, with pauses of 1 and 2 seconds.
-RETRIES: StepOptions = {"name": "work", "retries_allowed": True, "max_attempts": 3}
+working: list[str] = []  # the tasks that this process works on
 
 
-# No limit on recoveries: `Database` has one, for each part instead of the whole task.
-@DBOS.workflow(name=NAME, max_recovery_attempts=None)
+@DBOS.workflow(name=NAME, max_recovery_attempts=None)  # `put_back` has a limit for each part
 async def long_task(parts: int, seconds: float) -> dict[str, float]:
     """Do all parts. After a crash it runs from its top, but no step that is done is done again."""
-    worked = 0.0
-    with database.at_work(str(DBOS.workflow_id)):
+    task_id, worked = str(DBOS.workflow_id), 0.0
+    working.append(task_id)
+    try:
         for part in range(parts):
             # One step for each part, so that the number of steps is how far the task is.
-            worked += await DBOS.run_step_async(RETRIES, work, part, seconds)
-    return {"seconds": worked}
+            worked += await work(part, seconds)
+        return {"seconds": worked}
+    except error.DBOSMaxStepRetriesExceeded as problem:
+        logger.error("Task %s has failed", task_id, exc_info=problem.errors[-1])
+        raise problem.errors[-1] from None
+    finally:
+        working.remove(task_id)
 
 
 # 2. A task, as a reader sees it -------------------------------------------------------------------
@@ -86,82 +100,66 @@ STATUS |= {"SUCCESS": "done", "CANCELLED": "cancelled"}
 
 
 def read_tasks(task_ids: list[str]) -> dict[str, Task]:
-    """Return those of these tasks that there are."""
-    workflows: list[Any] = database.client.list_workflows(workflow_ids=task_ids, name=NAME)
-    done = database.count_parts(task_ids)  # asked last: what is over has all its parts
+    """Return those of these tasks that there are, with two questions for any number of them."""
+    workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, name=NAME)
+    # Asked last, so that what is over has all its parts. DBOS has no function for this, but
+    # documents its tables: https://docs.dbos.dev/explanations/system-tables
+    steps = "operation_outputs" if IS_SQLITE else "dbos.operation_outputs"
+    count = sa.text(
+        f"SELECT workflow_uuid, max(function_id) FROM {steps}"
+        " WHERE workflow_uuid IN :tasks AND error IS NULL GROUP BY workflow_uuid"
+    ).bindparams(sa.bindparam("tasks", task_ids, expanding=True))
+    with engine.connect() as connection:
+        done: dict[str, int] = dict(connection.execute(count).tuples().all())
     tasks = {}
     for workflow in workflows:
-        task_id = workflow.workflow_id
-        task = tasks[task_id] = Task(
-            task_id=task_id,
-            status=STATUS.get(workflow.status, "failed"),
-            done=done[task_id],
+        problem = (workflow.attributes or {}).get("error") or workflow.error
+        tasks[workflow.workflow_id] = Task(
+            task_id=workflow.workflow_id,
+            status="failed" if problem else STATUS.get(workflow.status, "failed"),
+            done=done.get(workflow.workflow_id, 0),
             parts=workflow.input["args"][0],
             result=workflow.output,
+            error=str(problem) if problem else None,
         )
-        if (workflow.attributes or {}).get("deaths") == DEATHS:
-            task.status = "failed"
-            task.error = f"{DEATHS} servers in a row did not survive part {task.done + 1}"
-        elif task.status == "failed":
-            task.error = str(workflow.error or workflow.status)
     return tasks
 
 
-def read_task(task_id: str) -> Task:
-    with suppress(ValueError):
-        task_id = str(uuid.UUID(task_id))
-        if task := read_tasks([task_id]).get(task_id):
-            return task
-    raise HTTPException(404, "There is no such task.")
-
-
-class Watch:
-    """A task that somebody watches in this process, as it was at the last look."""
-
-    def __init__(self, task: Task) -> None:
-        self.task: Task | None = task  # None: it is no longer there
-        self.readers = 0
-        self.news = asyncio.Event()
-
-
-watches: dict[str, Watch] = {}
+readers: Counter[str] = Counter()  # how many read each task in this process
+latest: dict[str, Task | None] = {}  # these tasks at the last look; None: it is no longer there
 
 
 async def watch_tasks() -> None:
-    """Look at all tasks that are watched, in one go, however many readers they have."""
+    """Look at all tasks that have readers, in one go."""
+    global latest
     await asyncio.sleep(POLL)
-    if watched := list(watches):
-        tasks = await database.ask(read_tasks, watched)
-        for task_id in watched:
-            watch, task = watches.get(task_id), tasks.get(task_id)
-            if watch and watch.task != task:
-                watch.task, news = task, watch.news
-                watch.news = asyncio.Event()
-                news.set()
+    if watched := list(readers):
+        tasks = await ask(read_tasks, watched)
+        latest = {task_id: tasks.get(task_id) for task_id in watched}
 
 
-async def follow(task: Task, first: int) -> AsyncIterator[str]:
+async def follow(task: Task | None, task_id: str, first: int) -> AsyncIterator[str]:
     """Yield a task's events from number `first` to the end, and a comment in each silence."""
-    watch = watches.setdefault(task.task_id, Watch(task))
-    watch.readers += 1
+    readers[task_id] += 1
     try:
         yield "retry: 1000\n\n"
-        while now := watch.task:
-            news = watch.news
-            for n in range(first, now.done):
-                yield f'id: {n}\ndata: {{"done": {n + 1}, "parts": {now.parts}}}\n\n'
-            first = max(first, now.done)
-            if now.status != "running":
-                yield f"event: end\nid: {now.done}\ndata: {now.model_dump_json()}\n\n"
+        sent = time.monotonic()
+        while task:
+            for n in range(first, task.done):
+                yield f'id: {n}\ndata: {{"done": {n + 1}, "parts": {task.parts}}}\n\n'
+                first, sent = n + 1, time.monotonic()
+            if task.status != "running":
+                yield f"event: end\nid: {task.done}\ndata: {task.model_dump_json()}\n\n"
                 return
-            try:
-                await asyncio.wait_for(news.wait(), KEEP_ALIVE)
-            except TimeoutError:
+            if time.monotonic() > sent + KEEP_ALIVE:
                 yield ": keep-alive\n\n"
+                sent = time.monotonic()
+            await asyncio.sleep(POLL)
+            task = latest.get(task_id, task)
     finally:
-        watch.readers -= 1
-        if not watch.readers:
-            del watches[task.task_id]
+        readers[task_id] -= 1
+        if not readers[task_id]:
+            del readers[task_id]
 
 
 # 3. The requests ----------------------------------------------------------------------------------
@@ -170,34 +168,33 @@ async def follow(task: Task, first: int) -> AsyncIterator[str]:
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     try:
-        await database.start()
+        # In a thread: started from a coroutine, DBOS would run the work on the server's event loop.
+        await asyncio.to_thread(launch)
     except Exception as problem:
-        why = str(getattr(problem, "orig", problem)).partition("\n")[0]
-        print(f"Cannot use DATABASE_URL: {why}", file=sys.stderr)
+        print(f"Cannot use DATABASE_URL: {in_one_line(problem)}", file=sys.stderr)
         os._exit(3)  # as uvicorn itself does, but without its traceback
-    loops = [
+    loops = asyncio.gather(
         keep_going("Tasks cannot be watched", watch_tasks),
-        keep_going("Tasks cannot be looked after", database.look_after_tasks, pause=2),
-        keep_going("Tasks cannot be deleted", database.delete_old_tasks, pause=60),
-    ]
-    tasks = [asyncio.create_task(loop) for loop in loops]
+        keep_going("Tasks cannot be looked after", look_after_tasks),
+    )
     yield
-    for task in tasks:
-        task.cancel()
-    await database.stop()
+    loops.cancel()
+    try:
+        await ask(stop)
+    except Exception:
+        os._exit(1)  # a thread that waits for the database would not let the process end
 
 
-async def database_away(_: Request, problem: Exception) -> Response:
-    """Nobody knows now whether something was done. It can be asked for again, with the same key."""
-    return JSONResponse({"detail": "The database is away."}, 503, {"Retry-After": "5"})
-
-
-app = FastAPI(lifespan=lifespan, exception_handlers=dict.fromkeys(AWAY, database_away))
+app = FastAPI(lifespan=lifespan)
 app.add_middleware(EndStreams)
 prepare(app, page="long_task.html")
 
 
-TaskID = Annotated[str, Path(json_schema_extra={"format": "uuid"})]
+@app.exception_handler(exc.SQLAlchemyError)
+@app.exception_handler(TimeoutError)
+async def database_away(_: Request, problem: Exception) -> Response:
+    """Nobody knows now whether something was done. It can be asked for again, with the same key."""
+    return JSONResponse({"detail": "The database is away."}, 503, {"Retry-After": "5"})
 
 
 class NewTask(BaseModel):
@@ -207,15 +204,9 @@ class NewTask(BaseModel):
 
 def start_task(task_id: str, *args: Any) -> Any:
     """Write down what is to be done, unless that was done before; return what is written there."""
-    handle: Any = database.client.enqueue(
-        {"queue_name": NAME, "workflow_name": NAME, "workflow_id": task_id}, *args
-    )
+    with SetWorkflowID(task_id):
+        handle: Any = DBOS.enqueue_workflow(NAME, long_task, *args)
     return handle.get_status().input["args"]
-
-
-def cancel_task(task_id: str) -> Task:
-    database.client.cancel_workflow(read_task(task_id).task_id)
-    return read_task(task_id)
 
 
 def invalid_header(name: str, value: object, message: str) -> HTTPException:
@@ -228,32 +219,35 @@ async def start(
     new: NewTask, response: Response, idempotency_key: Annotated[str | None, Header()] = None
 ) -> dict[str, str]:
     """Start a task. If you got no answer, send it again: the same key gives the same task."""
-    task_id = uuid.uuid4()
-    if idempotency_key:
-        # The same on each server, and nobody can tell it from the key alone.
-        digest = hmac.digest(database.secret.encode(), idempotency_key.encode(), "sha256")
-        task_id = uuid.UUID(bytes=digest[:16], version=4)
+    # Without the servers' secret nobody can tell the id from the key.
+    task_id = uuid.uuid5(secret, idempotency_key) if idempotency_key else uuid.uuid4()
     args = new.parts, new.seconds
-    if await database.ask(start_task, str(task_id), *args) != args:
+    if await ask(start_task, str(task_id), *args) != args:
         raise invalid_header("idempotency-key", idempotency_key, "It has started another task")
     response.headers["Location"] = f"/tasks/{task_id}"
     return {"task_id": str(task_id)}
 
 
 @app.get("/tasks/{task_id}")
-async def show(task_id: TaskID) -> Task:
-    return await database.ask(read_task, task_id)
+async def show(task_id: str) -> Task:
+    with suppress(ValueError):
+        task_id = str(uuid.UUID(task_id))
+        if task := (await ask(read_tasks, [task_id])).get(task_id):
+            return task
+    raise HTTPException(404, "There is no such task.")
 
 
 @app.delete("/tasks/{task_id}", status_code=202)
-async def cancel(task_id: TaskID) -> Task:
+async def cancel(task_id: str) -> Task:
     """Let a task stop before its next part."""
-    return await database.ask(cancel_task, task_id)
+    task = await show(task_id)
+    await ask(DBOS.cancel_workflow, task.task_id)
+    return await show(task_id)
 
 
 @app.get("/tasks/{task_id}/events", response_class=StreamingResponse)
 async def events(
-    task_id: TaskID, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
+    task_id: str, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
 ) -> Response:
     task = await show(task_id)
     first = int(last_event_id) + 1 if last_event_id else 0
@@ -262,4 +256,158 @@ async def events(
         raise invalid_header("last-event-id", last_event_id, message)
     if first > task.done and task.status != "running":
         return Response(status_code=204, headers=HEADERS)
-    return Stream(follow(task, first), media_type="text/event-stream")
+    return Stream(follow(task, task.task_id, first), media_type="text/event-stream")
+
+
+# 4. The database ----------------------------------------------------------------------------------
+
+SERVER = str(uuid.uuid4())  # the name of this process, which no other ever has
+POSTGRESQL = {
+    "application_name": SERVER,
+    "connect_timeout": "3",
+    "target_session_attrs": "read-write",  # after a failover: the new primary
+    # A machine that vanishes is noticed on both sides, within 20 seconds.
+    **{"keepalives_idle": "10", "keepalives_interval": "5", "keepalives_count": "2"},
+    "tcp_user_timeout": "20000",
+    "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2",
+}
+
+
+engine: sa.Engine
+secret: uuid.UUID  # that all servers with this database have in common
+locks: IO[str]  # with SQLite: a file, of which each server that lives has locked a byte
+
+
+async def ask(question: Callable[..., T], *args: Any) -> T:
+    """Ask the database, for 4 seconds at most, without holding up the event loop."""
+    return await asyncio.wait_for(asyncio.to_thread(question, *args), 4)
+
+
+def launch() -> None:
+    """Connect to the database, and start to work on what is in the queue."""
+    global engine, secret, locks
+    url = sa.make_url(DATABASE_URL.replace("postgresql:", "postgresql+psycopg:", 1))
+    options = {"isolation_level": "IMMEDIATE"} if IS_SQLITE else POSTGRESQL  # as DBOS itself does
+    url = url.update_query_dict(options | dict(url.query))
+    engine = sa.create_engine(url, pool_size=8, max_overflow=0, pool_pre_ping=True)
+    if IS_SQLITE:
+        locks = Path(f"{url.database}.servers").open("a")  # noqa: SIM115
+        take_lock(SERVER)
+    DBOS(
+        config={
+            "name": NAME,
+            "system_database_engine": engine,
+            "serializer": DBOSPortableJSONSerializer(),  # the default is pickle
+            # By default a hash of the code: an edit would leave what is running behind.
+            "application_version": "1",
+            "executor_id": SERVER,
+            "use_listen_notify": False,
+            "log_level": "CRITICAL",  # `lifespan`, `keep_going` and `long_task` tell what is wrong
+        }
+    )
+    DBOS.launch()
+    secret = uuid.UUID(DBOS.get_latest_application_version()["version_id"])
+    # From now on, a database that is away is waited for.
+    event.listen(engine, "handle_error", take_as_lost_connection)
+    event.listen(engine, "do_connect", connect_when_it_is_back)
+
+
+def take_as_lost_connection(context: sa.engine.ExceptionContext) -> None:
+    """Let DBOS wait while the database is read-only, full, or without its tables.
+
+    It waits where a connection is lost. By any other error the task would fail.
+    """
+    wrong = isinstance(context.sqlalchemy_exception, exc.IntegrityError | exc.DataError)
+    context.is_disconnect = not wrong
+
+
+def connect_when_it_is_back(dialect: Any, _: Any, args: Any, options: Any) -> Any:
+    """Try again soon: DBOS would double its pause each time, up to 90 seconds."""
+    while True:
+        with suppress(dialect.dbapi.Error):
+            return dialect.connect(*args, **options)
+        time.sleep(0.1)
+
+
+def stop() -> None:
+    """Stop DBOS, and hand its tasks over: what is left behind counts as a death."""
+    DBOS.destroy()
+    client = DBOSClient(system_database_engine=engine, lazy=True)
+    mine = client.list_workflows(name=NAME, status="PENDING", executor_id=SERVER, load_input=False)
+    client.resume_workflows([task.workflow_id for task in mine], queue_name=NAME)
+
+
+# 5. The living and the dead -----------------------------------------------------------------------
+
+suspects: set[str] = set()  # the tasks that nobody worked on at the last look
+
+
+async def look_after_tasks() -> None:
+    await ask(make_what_is_missing)
+    while True:
+        await asyncio.sleep(LOOK)
+        await ask(rescue)
+        await ask(delete_old)
+
+
+def make_what_is_missing() -> None:
+    """Make the tables and the queue, if there are none: the database may have come back empty."""
+    DBOS.migrate(engine.url.render_as_string(hide_password=False))
+    DBOS.register_queue(NAME, worker_concurrency=100, on_conflict="always_update")
+
+
+def is_alive(server: str) -> bool:
+    """Return whether a server lives, however slow it is.
+
+    Until its process ends, a server has sessions in PostgreSQL. With SQLite it has its byte locked.
+    """
+    if IS_SQLITE:
+        return not take_lock(server)  # taken, so that no other server finds it dead as well
+    sessions = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :server")
+    with engine.connect() as connection:
+        return bool(connection.scalar(sessions, {"server": server}))
+
+
+def take_lock(server: str) -> bool:
+    with suppress(OSError):
+        fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(server.encode()))
+        return True
+    return False
+
+
+def rescue() -> None:
+    """Put tasks that nobody works on, at this look and the one before, back into the queue.
+
+    Should somebody work on one after all, DBOS refuses what all but the last return.
+    """
+    global suspects
+    tasks = DBOS.list_workflows(name=NAME, status="PENDING")
+    servers = {str(task.executor_id) for task in tasks} - {SERVER}
+    alive = {server for server in servers if is_alive(server)}
+    lost = {task.workflow_id for task in tasks if task.executor_id not in alive} - set(working)
+    for task in tasks:
+        if task.workflow_id in lost & suspects:
+            put_back(task)
+    suspects = lost - suspects
+
+
+def put_back(task: Any) -> None:
+    """Put a task back into the queue, unless its part has killed too many servers."""
+    task_id = task.workflow_id
+    part = read_tasks([task_id])[task_id].done
+    died: list[int] = (task.attributes or {}).get("died", [])  # the parts in which servers died
+    if task.executor_id != SERVER:
+        died.append(part)
+    if died.count(part) < DEATHS:
+        DBOS.update_workflow_attributes(task_id, {"died": died})
+        DBOS.resume_workflow(task_id, queue_name=NAME)
+    else:
+        problem = f"{DEATHS} servers in a row did not survive part {part + 1}"
+        DBOS.update_workflow_attributes(task_id, {"error": problem})
+        DBOS.cancel_workflow(task_id)
+
+
+def delete_old() -> None:
+    before = (datetime.now(UTC) - KEEP).isoformat()
+    old = DBOS.list_workflows(name=NAME, completed_before=before, limit=1000)
+    DBOS.delete_workflows([task.workflow_id for task in old])

@@ -3,7 +3,8 @@
 Each part appends to the file `WORK_LOG` a line when it begins and one when it ends. In a task with
 `FAILING` seconds for each part, the third raises; in one with `SLOW` seconds, the third takes six
 seconds longer than it was said to. After part `PAUSE_AFTER` the workflow waits, when the part has
-been kept. `LOOK` and `KEEP_ALIVE` are the recipe's own.
+been kept. The first `LOST_WRITES` times that PostgreSQL is to keep a part's result, the session is
+ended just then. `LOOK` and `KEEP_ALIVE` are the recipe's own.
 """
 
 import asyncio
@@ -12,17 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psycopg
+import sqlalchemy as sa
 from dbos import DBOS
 
-from recipes import long_task, long_task_database
-from recipes.long_task import app, database
+from recipes import long_task
+from recipes.long_task import app
 
 __all__ = ["app"]
 
 WORK_LOG = Path(os.environ["WORK_LOG"])
 FAILING, SLOW = float(os.environ["FAILING"]), float(os.environ["SLOW"])
 PAUSE_AFTER = int(os.environ.get("PAUSE_AFTER", "0"))
-ask, run_step_async = database.ask, DBOS.run_step_async
+lost_writes = int(os.environ.get("LOST_WRITES", "0"))
+ask = long_task.ask
 
 
 def note(what: str, part: int) -> None:
@@ -30,7 +34,8 @@ def note(what: str, part: int) -> None:
         file.write(f"{DBOS.workflow_id} {what} {part} {time.time()} {os.getpid()}\n")
 
 
-async def work(part: int, seconds: float) -> float:
+@DBOS.step(name="work", retries_allowed=True)
+async def recorded_work(part: int, seconds: float) -> float:
     note("begin", part)
     await asyncio.sleep(seconds + (6 if seconds == SLOW and part == 2 else 0))
     if seconds == FAILING and part == 2:
@@ -39,23 +44,31 @@ async def work(part: int, seconds: float) -> float:
     return seconds
 
 
-async def run_and_pause(options: Any, step: Any, part: int, seconds: float) -> Any:
-    result = await run_step_async(options, step, part, seconds)
+async def work(part: int, seconds: float) -> float:
+    worked = await recorded_work(part, seconds)
     if part + 1 == PAUSE_AFTER:
         await asyncio.sleep(600)
-    return result
+    return worked
+
+
+@sa.event.listens_for(sa.Engine, "before_cursor_execute")
+def lose_a_write(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+    global lost_writes
+    if lost_writes and statement.startswith("INSERT INTO dbos.operation_outputs"):
+        lost_writes -= 1
+        with psycopg.connect(long_task.DATABASE_URL) as other:
+            other.execute("SELECT pg_terminate_backend(%s)", [cursor.connection.info.backend_pid])
 
 
 long_task.work = work
 long_task.KEEP_ALIVE = float(os.environ.get("KEEP_ALIVE", long_task.KEEP_ALIVE))
-long_task_database.LOOK = float(os.environ.get("LOOK", long_task_database.LOOK))
-DBOS.run_step_async = run_and_pause  # type: ignore[method-assign, assignment]
+long_task.LOOK = float(os.environ.get("LOOK", long_task.LOOK))
 
 
 @app.get("/watches")
 async def watches() -> int:
     """How many tasks this process looks at."""
-    return len(long_task.watches)
+    return len(long_task.readers)
 
 
 @app.post("/broken/{seconds}")
@@ -65,5 +78,5 @@ async def broken(seconds: float) -> None:
     async def raises(*_: Any) -> Any:
         raise IndexError("list index out of range")
 
-    database.ask = raises  # type: ignore[method-assign, assignment]
-    asyncio.get_running_loop().call_later(seconds, setattr, database, "ask", ask)
+    long_task.ask = raises  # type: ignore[assignment]
+    asyncio.get_running_loop().call_later(seconds, setattr, long_task, "ask", ask)
