@@ -21,8 +21,9 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 1024 * 1024  # bytes
 PAGES = Path(__file__).resolve().parent / "pages"
@@ -36,7 +37,7 @@ logger = logging.getLogger("uvicorn.error")  # a recipe logs where its server do
 
 def prepare(app: FastAPI, page: str | None = None) -> None:
     """Add the limit, the 422 and the pages to an app; without a page, `/` leads to /docs."""
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)
+    app.add_middleware(LimitBodies)
     app.add_exception_handler(RequestValidationError, invalid_input)  # type: ignore[arg-type]
     app.mount("/pages", PageFiles(directory=PAGES))
 
@@ -45,6 +46,36 @@ def prepare(app: FastAPI, page: str | None = None) -> None:
         if page is None:
             return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
         return FileResponse(PAGES / page, headers=PAGE_HEADERS)
+
+
+class LimitBodies:
+    """Refuse a body over MAX_BODY with 413 before it is in memory.
+
+    Starlette's RequestBodyLimitMiddleware does that too, but always in plain text. Here, the app's
+    own handler for an HTTPException makes the answer, so that it looks like the app's other errors.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read = 0
+        error = HTTPException(413, f"The body has more than {MAX_BODY} bytes, which is the limit.")
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY:
+                raise error
+            return message
+
+        length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
+        if len(length) > 9 or int(length) > MAX_BODY:
+            handler = scope["app"].exception_handlers[StarletteHTTPException]
+            await (await handler(Request(scope), error))(scope, receive, send)
+        else:
+            await self.app(scope, limited, send)
 
 
 class PageFiles(StaticFiles):
@@ -62,8 +93,13 @@ async def invalid_input(_: Request, error: RequestValidationError) -> Response:
     FastAPI answers 500 to `NaN`, `1e400` and `"\\ud800"` in a body:
     https://github.com/fastapi/fastapi/issues/459
     """
-    detail = json.dumps({"detail": jsonable_encoder(error.errors())})
-    detail = json.dumps(json.loads(detail, parse_constant=str))
+    errors = error.errors()
+    try:
+        detail = json.dumps(jsonable_encoder(errors))
+        detail = json.dumps({"detail": json.loads(detail, parse_constant=str)})
+    except (ValueError, RecursionError):  # the input is not UTF-8, or nested too deeply
+        told = [{name: each[name] for name in ("type", "loc", "msg")} for each in errors]
+        detail = json.dumps({"detail": told})
     return Response(detail, 422, media_type="application/json")
 
 

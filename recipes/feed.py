@@ -2,7 +2,6 @@
 
 Use it for a user's notifications, the scores of a match, the price of a share. For events with one
 reader, use `long_task`. If events must survive a broken disk, write them to a database first.
-
 Run it with `uvicorn recipes.feed:app --reload`, then open http://localhost:8000 in two tabs, or
 read a channel with `curl -N localhost:8000/feed/goals`. The events are in memory, in one process.
 With `REDIS_URL` (such as redis://localhost:6379) they are in Redis: see feed_redis.py.
@@ -10,7 +9,6 @@ With `REDIS_URL` (such as redis://localhost:6379) they are in Redis: see feed_re
 
 import asyncio
 import gc
-import json
 import os
 import re
 import time
@@ -32,6 +30,7 @@ FORGET = 3600  # seconds without a post and without a reader, after which a chan
 SILENCE = 10.0  # seconds without an event, after which a comment says that the stream is alive
 KEEP_ALIVE = b": keep-alive\n\n"
 GATHER = 0.002  # seconds; events that come within this time wake their readers once
+GAP = '{"reason": "What came before this is no longer kept."}'
 WRITE = 65_536  # bytes of several events that are sent in one write, at most
 
 
@@ -45,9 +44,8 @@ def to_sse(event_id: str, data: str, name: str = "") -> bytes:
 class Channel:
     """The last events of a channel, each as the bytes that all its readers get.
 
-    Events are numbered in order: `first` is the oldest that is kept, `end` the next one. A reader
-    has no queue. It has a place: the number of the event that it gets next. If it is so slow that
-    this event is no longer kept, it gets a gap, then the oldest event that is kept.
+    Events are numbered: `first` is the oldest that is kept, `end` the next one. A reader has no
+    queue, only a place: the number of its next event. If that is no longer kept, it gets a gap.
     """
 
     def __init__(self, name: str, floor: str = "") -> None:
@@ -55,7 +53,7 @@ class Channel:
         self.floor = floor  # no event after this id is missing; empty: nothing was read yet
         self.ids: list[str] = []
         self.frames: list[bytes] = []
-        self.first = self.end = 1
+        self.first = self.end = self.unread = 1  # readers that get a gap go on at `unread`
         self.readers, self.used = 0, time.monotonic()  # when it was last posted in or read
         self.chunk: dict[int, tuple[bytes, int]] = {}  # see `take`
         self.waiting: list[asyncio.Future[None]] = []
@@ -73,7 +71,7 @@ class Channel:
     def begin(self, floor: str) -> None:
         """Begin again after `floor`. All readers' places are now before it, so they get a gap."""
         self.floor, self.ids, self.frames = floor, [], []
-        self.first = self.end = self.end + 1
+        self.first = self.end = self.unread = self.end + 1
         self.wake_within(GATHER)
 
     def find(self, after: str, last: int) -> int:
@@ -86,12 +84,12 @@ class Channel:
     def take(self, place: int) -> tuple[bytes, int]:
         """Return the events at this place, joined, and the place after them."""
         if place not in self.chunk:  # most readers are at the same place, so make it once
-            begin = max(place, self.first)
+            begin = max(place, self.first, self.unread if 0 < place < self.first else 0)
             frames = self.frames[begin - self.first :]
             if begin > place:
                 # In one chunk with the next event: a cut between them would repeat the gap.
-                reason = json.dumps({"reason": "What came before this is no longer kept."})
-                frames[:1] = [to_sse(self.floor, reason, "gap") + b"".join(frames[:1])]
+                gap = to_sse([self.floor, *self.ids][begin - self.first], GAP, "gap")
+                frames[:1] = [gap + b"".join(frames[:1])]
             count = max(1, bisect_right(list(accumulate(map(len, frames))), WRITE))
             self.chunk = {place: (b"".join(frames[:count]), min(begin + count, self.end))}
         return self.chunk[place]
@@ -148,7 +146,7 @@ async def read(channel: Channel, fresh: bool, after: str, last: int) -> AsyncGen
 
 class LogIsAway(HTTPException):
     def __init__(self) -> None:
-        detail = "The log is away: not known to be published, it may still appear."
+        detail = "The log is not available. The event may have been published or not."
         super().__init__(503, detail, {"Retry-After": "1"})
 
 

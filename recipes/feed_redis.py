@@ -1,7 +1,6 @@
 """The log of feed.py in Redis: a stream for each channel, any number of processes and machines.
 
-The stream is the log: https://redis.io/docs/latest/develop/data-types/streams/. Pub/Sub is a bell.
-If a bell is lost, its event is up to five seconds late: all channels are read that often.
+Pub/Sub is only a bell. A lost bell delays its event: all channels are read every five seconds.
 
 There are three connections, however many readers and channels: one posts, one reads, one hears the
 bell. After any error on a connection, even in an answer, the next command opens a new one: after a
@@ -15,23 +14,21 @@ from urllib.parse import unquote, urlsplit
 from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis, Sentinel
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-from recipes.common import keep_going, logger
+from recipes.common import in_one_line, keep_going, logger
 from recipes.feed import FORGET, KEEP, Channel, Log, LogIsAway, to_sse
 
 CHECK = 5.0  # seconds between two reads of all channels
 PATIENCE = 4.0  # seconds that Redis has for an answer
 
-# Return the event ARGV[2] and all after it; if it is gone, return all events. A new stream gets an
-# entry without an event: an id to resume from. A replica refuses this script, since it writes.
-READ = """
-if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('XADD', KEYS[1], '*', 'begins', '') end
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-local new = redis.call('XREVRANGE', KEYS[1], '+', ARGV[2], 'COUNT', ARGV[3])
-if #new > 0 and new[#new][1] == ARGV[2] then return new end
-return redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', ARGV[3])
+# Return the event ARGV[1] and all after it; if it is gone, return all events. An empty stream gets
+# an entry without an event: an id to resume from. A replica refuses this script, since it writes.
+READ = f"""
+if redis.call('XLEN', KEYS[1]) == 0 then redis.call('XADD', KEYS[1], '*', 'begins', '') end
+redis.call('EXPIRE', KEYS[1], {FORGET})
+local new = redis.call('XREVRANGE', KEYS[1], '+', ARGV[1], 'COUNT', {KEEP + 1})
+if #new > 0 and new[#new][1] == ARGV[1] then return new end
+return redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', {KEEP + 1})
 """
 
 
@@ -40,7 +37,7 @@ def connect(url: str) -> Any:
     options: dict[str, Any] = {"max_connections": 1, "decode_responses": True}
     options |= {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
     # A retry may run a command twice. Protocol 3 notices a broken connection only when it is used.
-    options |= {"retry": Retry(NoBackoff(), 0), "protocol": 2, "encoding_errors": "replace"}
+    options |= {"retry": None, "protocol": 2, "encoding_errors": "replace"}
     address = urlsplit(url)
     if not address.scheme.endswith("+sentinel"):
         return Redis.from_url(url, **options)
@@ -48,18 +45,19 @@ def connect(url: str) -> Any:
     options["username"], _, options["password"] = map(unquote, login.partition(":"))
     options["ssl"] = address.scheme.startswith("rediss")
     pairs = [(host, int(port)) for host, _, port in (h.rpartition(":") for h in hosts.split(","))]
-    sentinel = Sentinel(pairs, socket_timeout=PATIENCE)  # type: ignore[no-untyped-call]
+    quick = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": None}  # one may hang
+    sentinel = Sentinel(pairs, sentinel_kwargs=quick)  # type: ignore[no-untyped-call]
     return sentinel.master_for(address.path.strip("/"), **options)
 
 
-async def ask(client: Any, *commands: tuple[object, ...], strict: bool = False) -> Any:
-    """Send commands in one pipeline; return their answers. `strict` raises the first error."""
+async def ask(client: Any, *commands: tuple[object, ...]) -> Any:
+    """Send commands in one pipeline; return their answers. Each may be an exception."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
     answers: list[Any] = [Exception()]
     try:
-        return (answers := await pipeline.execute(raise_on_error=strict))
+        return (answers := await pipeline.execute(raise_on_error=False))
     finally:
         if any(isinstance(answer, Exception) for answer in answers):
             await client.connection_pool.disconnect()
@@ -84,9 +82,11 @@ class RedisLog(Log):
         expire, ring = ("EXPIRE", f"feed:{name}", FORGET), ("PUBLISH", "feed", name)
         try:
             async with asyncio.timeout(PATIENCE), self.posting:
-                event_id, *_ = await ask(self.poster, add, expire, ring, strict=True)
+                event_id, *_ = await ask(self.poster, add, expire, ring)
+            if isinstance(event_id, Exception):
+                raise event_id
         except Exception as error:
-            logger.error("feed: not known to be published: %s: %s", type(error).__name__, error)
+            logger.error("feed: perhaps not published: %s", in_one_line(error))
             raise LogIsAway from error
         return str(event_id)
 
@@ -117,34 +117,34 @@ class RedisLog(Log):
                         self.ring(message["data"])
 
     async def follow(self) -> None:
-        """Read the channels that rang, the latest first: bells come before routine reads."""
+        """Append the new events of channels that rang, the latest first: bells before routine."""
         await self.ringing.wait()
         some = [self.rang.popitem() for _ in range(min(20, len(self.rang)))]
         if not self.rang:
             self.ringing.clear()
-        await self.read([(c, read) for name, read in some if (c := self.channels.get(name))])
-
-    async def read(self, rang: list[tuple[Channel, asyncio.Event]]) -> None:
-        """Append the new events of these channels. One that cannot be read delays no other."""
+        rang = [(channel, read) for name, read in some if (channel := self.channels.get(name))]
         lasts = [(channel.ids or [channel.floor or "-"])[-1] for channel, _ in rang]
-        names = [f"feed:{channel.name}" for channel, _ in rang]
-        pairs = zip(names, lasts, strict=True)
-        commands = [("EVAL", READ, 1, name, FORGET, last, KEEP + 1) for name, last in pairs]
+        pairs = zip(rang, lasts, strict=True)
+        commands = [("EVAL", READ, 1, f"feed:{c.name}", last) for (c, _), last in pairs]
         answers = await ask(self.reader, *commands)
         for (channel, read), last, entries in zip(rang, lasts, answers, strict=True):
             try:
                 if isinstance(entries, Exception):
                     raise entries
                 entries.reverse()
-                first = entries[0][0]
-                if first != last:  # there is a gap: begin right before the first id
-                    ms, number = map(int, first.split("-"))
+                gap = entries[0][0] != last
+                known = {*filter(None, channel.frames)} if gap else set()
+                if gap:  # begin right before the first id
+                    ms, number = map(int, entries[0][0].split("-"))
                     channel.begin(f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}")
-                for event_id, words in entries[first == last :]:
+                for event_id, words in entries[not gap :]:
                     event = dict(zip(words[::2], words[1::2], strict=True))
                     text, kind = event.get("data"), event.get("event", "")
-                    channel.append(event_id, b"" if text is None else to_sse(event_id, text, kind))
+                    frame = b"" if text is None else to_sse(event_id, text, kind)
+                    channel.append(event_id, frame)
+                    if frame in known:  # Redis came back with older data
+                        channel.unread = channel.end
                 read.set()
             except Exception as error:
-                logger.error("feed: cannot read channel %s: %s", channel.name, error)
+                logger.error("feed: cannot read channel %s: %s", channel.name, in_one_line(error))
                 asyncio.get_running_loop().call_later(1, self.ring, channel.name)

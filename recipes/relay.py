@@ -2,7 +2,6 @@
 
 It passes on bytes in both directions, without rules of its own. It adds three things: its key; a
 comment after each 10 seconds of silence; an error if an answer is incomplete or not an answer.
-
 Run it with `UPSTREAM_URL=https://api.openai.com/v1 UPSTREAM_KEY=… uvicorn recipes.relay:app`.
 Without `UPSTREAM_URL` it relays `tokens`. Everybody who can reach it uses your key: see relay.md.
 """
@@ -12,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import httpx2
@@ -43,16 +42,16 @@ FAILURES: dict[type[Exception], tuple[int, str]] = {
     httpx2.HTTPError: (502, "The connection to the upstream broke."),  # and all others
 }
 PASSED_ON = re.compile(  # headers, but no cookies or keys, and none that belong to one connection
-    rb"accept|content-type|user-agent|retry-after.*|idempotency-key|.*request-id|.*ratelimit-.*"
-    rb"|traceparent|(x|openai)-(?!accel|api-key|forwarded).*"
+    rb"accept|content-(type|encoding)|user-agent|http-referer|retry-after.*|idempotency-key|.*request-id"
+    rb"|.*ratelimit-.*|trace(parent|state)|(x|openai)-(?!accel|forwarded|.*(key|token|auth)).*"
 )
 EVENT_END = re.compile(rb"(?<=\n\n)|(?<=\r\r)|(?<=\n\r\n)")  # a line ends with LF, CR or CRLF
-FIELD = re.compile(rb"(?:^|[\r\n])(data|event|id|retry|): ?([^\r\n]*)")  # an empty name: a comment
+FIELD = re.compile(rb"(?:^(?:\xef\xbb\xbf)?|[\r\n])(data|event|id|retry|): ?([^\r\n]*)")
 
 
 def ends(part: bytes, is_stream: bool) -> bool:
     """Return whether this part completes the answer. Raises HTTPException for anything else."""
-    fields = FIELD.findall(part)
+    fields = FIELD.findall(part)  # one with an empty name is a comment
     data = b"\n".join(value for name, value in fields if name == b"data") if is_stream else part
     if data.startswith(b"[DONE]"):
         return True
@@ -69,12 +68,13 @@ class Answer(Stream):
 
     def __init__(self, request: Request, path: str, question: bytes) -> None:
         super().__init__(())
-        self.begun = False
+        self.begun = self.is_stream = False
         headers = [(k, v) for k, v in request.headers.raw if PASSED_ON.fullmatch(k)]
         headers += [(b"authorization", b"Bearer " + KEY.encode())] if KEY else []
-        self.asked = httpx2.Request(request.method, URL + path, headers=headers, content=question)
-        # This finds the field only: within a text, the quotes would be escaped.
-        self.is_stream = bool(re.search(rb'"stream"\s*:\s*(true|1)', question))
+        url = httpx2.URL(URL + path).copy_with(query=request.scope["query_string"] or None)
+        self.asked = httpx2.Request(request.method, url, headers=headers, content=question)
+        with suppress(ValueError, AttributeError, RecursionError):
+            self.is_stream = bool(json.loads(question).get("stream"))
 
     async def stream_response(self, send: Send) -> None:
         self.send = send
@@ -116,7 +116,7 @@ class Answer(Stream):
         if status == 401 or 300 <= status < 400:
             raise openai_error(502, f"UPSTREAM_URL or UPSTREAM_KEY is wrong: it answered {status}.")
         self.status_code = min(status, 599)
-        head = [(k.lower(), v) for k, v in response.headers.raw]
+        head = [(k.lower(), v) for k, v in response.headers.raw if k.lower() != b"content-encoding"]
         self.raw_headers += [(k, v) for k, v in head if PASSED_ON.fullmatch(k)]
         is_stream = self.is_stream or b"text/event-stream" in dict(head).get(b"content-type", b"")
         self.is_stream = is_stream = is_stream and response.is_success

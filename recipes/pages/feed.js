@@ -99,13 +99,13 @@ async function post(event) {
     });
   } catch (error) {
     // The server may have had it, and died before its answer.
-    return `Not known to be published, it may still appear: no answer (${error.message}).`;
+    return `No answer (${error.message}). The event may have been published or not.`;
   }
   if (response.ok) return null;
   const { detail } = await response.json().catch(() => ({}));
   if (response.status < 500) return `Refused (${response.status}): ${detail?.[0]?.msg ?? detail}`;
   if (typeof detail === "string") return detail;
-  return `Not known to be published, it may still appear: the server answered ${response.status}.`;
+  return `The server answered ${response.status}. The event may have been published or not.`;
 }
 
 function tell(id, now, words) {

@@ -82,6 +82,7 @@ STREAMS: dict[str, tuple[str, bytes]] = {
         "One two\ud83d\ude80",
         events(*BEGINNING, chunk({"content": "\ud83d"}), chunk({"content": "\ude80"}, "stop")),
     ),
+    "a byte order mark": ("One two", b"\xef\xbb\xbf" + COMPLETE),
     "UTF-8, and U+2028": ("☕\u2028", b"data: " + UTF8 + b"\n\n" + events("[DONE]")),
     "tool calls": ("", events(chunk({"tool_calls": [TOOL]}), chunk({}, "tool_calls"), "[DONE]")),
     "fields of its own": ("x", events(chunk({"content": "x", "own": "☕"}, "stop", own=[None, 1]))),
@@ -267,7 +268,7 @@ QUESTIONS = [
     {"stop": ["a"] * 9},
     {"n": 1_000_000_000},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "text": None}]}]},
-    {"messages": None, "own": {"é": [1.5, None]}},
+    {"messages": None, "own": {"é": [1.5, None], "stream": True}},
 ]
 
 
@@ -279,6 +280,9 @@ def test_any_question_passes_as_it_came(
         question = json.dumps({**asked(model=name, stream=stream), **fields}, indent=1).encode()
         assert post(relay, question).status_code == 200
         assert upstream.asked[-1][1] == question
+    url = f"{relay.url}/v1/chat/completions?api-version=2&x=a%20b"  # as Azure has it
+    assert httpx.post(url, content=question, timeout=LIMIT).status_code == 200
+    assert "/chat/completions?api-version=2&x=a%20b " in upstream.asked[-1][0]
 
 
 @pytest.mark.parametrize("question", [b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"], ids=str)
@@ -303,7 +307,8 @@ def test_headers(relay: Process, upstream: Upstream) -> None:
         headers = {
             "Authorization": "Bearer the-readers",
             "Cookie": "session=1",
-            "X-Api-Key": "the-readers",
+            **dict.fromkeys(("X-Api-Key", "X-Goog-Api-Key", "X-Auth-Token"), "the-readers"),
+            "Content-Encoding": "own",
             "OpenAI-Organization": "o",
             "X-Title": b"caf\xe9",
         }
@@ -331,6 +336,7 @@ def test_headers(relay: Process, upstream: Upstream) -> None:
         asked_with = upstream.asked[-1][0].lower()
         assert "authorization: bearer the-key\r\n" in asked_with
         assert "openai-organization: o\r\n" in asked_with
+        assert "content-encoding: own\r\n" in asked_with
         assert "x-title: caf\xe9\r\n" in asked_with
         assert "the-readers" not in asked_with
         assert "cookie" not in asked_with
