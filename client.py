@@ -47,7 +47,7 @@ def explained(url: str) -> Iterator[None]:
         while isinstance(inner := cause.__cause__ or [None, *cause.args][-1], Exception):
             cause = inner
         reason = getattr(cause, "strerror", None) or repr(cause)
-        if isinstance(error, requests.exceptions.ProxyError):
+        if isinstance(error, requests.exceptions.ProxyError) or "SOCKS" in reason:
             reason = f"the proxy failed ({reason})"
         advice = "Start the server with `uvicorn main:app`, or check the address."
         if isinstance(error, HTTPError) and not isinstance(error, ValueError):  # in mid-stream

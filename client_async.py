@@ -103,18 +103,18 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
             reason = str(cause.strerror or cause).rstrip(".")
         case _:
             words = getattr(cause, "message", cause)
-            reason = " ".join(f"{type(cause).__name__}: {words}".split())[:200]
+            reason = " ".join(f"{type(cause).__name__}: {words}".split())[:200].rstrip(".")
     match error:
         case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
             reason = f"the proxy failed ({reason})"
         case aiohttp.ClientConnectorError(host=host, port=port):
             if (host, port) != (URL(url).raw_host, URL(url).port):
-                reason = f"it redirects to {host}:{port}, and {reason}"
+                reason = f"a redirect or a proxy leads to {host}:{port}, and {reason}"
         case aiohttp.TooManyRedirects():
             raise StreamError(f"{url} redirects too often. Check the address.") from error
         case LineTooLong():
             raise StreamError(f"{url} sent a line of over {MAX_LINE} bytes. Check the address.")
-        case ValueError() | aiohttp.NonHttpUrlClientError():
+        case ValueError() | TypeError() | aiohttp.NonHttpUrlClientError():
             advice = "Expected an address such as http://localhost:8000/ndjson; check proxies too."
             raise StreamError(f"Cannot read {url}: {reason}. {advice}") from error
     if at_the_start and isinstance(error, NO_CONNECTION):
@@ -186,6 +186,8 @@ def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
             return None  # what was cut off is sent again when the stream is resumed
         event = None
     match event:
+        case {"event_id": bool()}:
+            pass  # for Python, true is an int
         case {"event_id": int(event_id), "data": str(), "is_last_event": bool()}:
             if event_id > last_event_id + 1:
                 missing = f"event {event_id} where event {last_event_id + 1} was expected"

@@ -105,11 +105,13 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
             reason = "it timed out"
         case SSLError():
             reason = f"TLS failed, {cause.strerror}"
+        case OSError(filename=str(name)):
+            reason = f"{cause.strerror}: {name}"
         case OSError():
             reason = str(cause.strerror or cause).rstrip(".")
         case _:
-            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
-    if isinstance(error, requests.exceptions.ProxyError):
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200].rstrip(".")
+    if isinstance(error, requests.exceptions.ProxyError) or "SOCKS" in reason:
         reason = f"the proxy failed ({reason})"
     match error:
         case requests.ConnectionError(args=[MaxRetryError()], request=request) if at_the_start:
@@ -117,8 +119,8 @@ def explain(error: Exception, url: str, at_the_start: bool) -> str:
                 reason = f"it redirects to {request.url}, and {reason}"
             advice = "Start the server with `uvicorn main:app`, or check the address."
             raise StreamError(f"Cannot connect to {url}: {reason}. {advice}") from error
-        case ValueError():  # a wrong address, also where urllib3 calls it an HTTPError
-            pass
+        case _ if isinstance(error, ValueError) or getattr(cause, "filename", None):
+            pass  # a wrong address, also where urllib3 calls it an HTTPError, or a missing file
         case ConnectionError() | requests.ConnectionError() | requests.Timeout() | HTTPError():
             return reason
     advice = "Expected an address such as http://localhost:8000/ndjson, or check the environment."
@@ -188,6 +190,8 @@ def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
             return None  # what was cut off is sent again when the stream is resumed
         event = None
     match event:
+        case {"event_id": bool()}:
+            pass  # for Python, true is an int
         case {"event_id": int(event_id), "data": str(), "is_last_event": bool()}:
             if event_id > last_event_id + 1:
                 missing = f"event {event_id} where event {last_event_id + 1} was expected"

@@ -33,31 +33,30 @@ from tests.support.processes import (
     wait_for,
 )
 from tests.support.wrong_servers import (
+    ALL,
     CHUNKED,
     CLOSED,
     END,
     GZIPPED,
+    LINE_READERS,
     STREAM,
+    WHOLE,
     Answer,
     Connection,
     Gzip,
+    all_clients,
+    both_line_readers,
     chunk,
     error,
     event,
     events,
     load,
     read,
+    read_all,
     wrong_server,
 )
 
-LINE_READERS = ["client_sync", "client_async"]
-CLIENTS = ["client", *LINE_READERS]
-all_clients = pytest.mark.parametrize("client", CLIENTS)
-both_line_readers = pytest.mark.parametrize("client", LINE_READERS)
-
 TIME = r"\d\d:\d\d:\d\d\.\d{3}"
-WHOLE = CHUNKED + chunk(events(0, 10)) + END
-ALL = list(range(10))
 
 
 def path_of(client: str) -> str:
@@ -76,20 +75,17 @@ class Running:
     """A client in a process of its own, and what it has printed so far."""
 
     def __init__(self, folder: Path, client: str, *arguments: str) -> None:
-        self.out = folder / f"{client}.out"
-        self.err = folder / f"{client}.err"
+        self.out, self.err = folder / f"{client}.out", folder / f"{client}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             command = [sys.executable, str(ROOT / f"{client}.py"), *arguments]
             self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
 
+    def lines(self) -> list[str]:
+        return self.out.read_text().splitlines()
+
     def wait_for_lines(self, count: int) -> list[str]:
-        """Return the lines on standard output, once there are `count` of them."""
-
-        def lines() -> list[str] | None:
-            found = self.out.read_text().splitlines()
-            return found if len(found) >= count else None
-
-        return list(wait_for(lines, f"{count} lines from {self.popen.args!r}"))
+        wait_for(lambda: len(self.lines()) >= count, f"{count} lines from {self.popen.args!r}")
+        return self.lines()
 
     def wait(self) -> int:
         return self.popen.wait(LIMIT)
@@ -99,8 +95,11 @@ class Running:
         return self.err.read_text().splitlines()
 
 
+Run = Callable[..., Running]
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+def run(tmp_path: Path) -> Iterator[Run]:
     """Start clients: `run(client, url)`."""
     running: list[Running] = []
 
@@ -111,10 +110,7 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     yield run
     for client in running:
         client.popen.kill()
-        client.popen.wait(LIMIT)
-
-
-Run = Callable[..., Running]
+        client.wait()
 
 
 class Printed(NamedTuple):
@@ -122,9 +118,16 @@ class Printed(NamedTuple):
     out: list[str]
     err: list[str]
 
+    @property
+    def ids(self) -> list[int]:
+        return [json.loads(line.split("  ")[1])["event_id"] for line in self.out]
+
+
+Main = Callable[..., Printed]
+
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Main:
     """Run a client's `main()` in this process: quicker, and its constants can be changed."""
 
     def main(client: str, url: str, **constants: float) -> Printed:
@@ -138,7 +141,24 @@ def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     return main
 
 
-Main = Callable[..., Printed]
+def in_turn(*answers: bytes) -> Answer:
+    """The first connection gets the first answer, the last one and all later ones the last."""
+    return lambda connection: connection.send(answers[min(connection.number, len(answers)) - 1])
+
+
+def go_on(connection: Connection) -> None:
+    """Send the events that the client has not had."""
+    connection.send(CHUNKED + chunk(events(connection.first, 10)) + END)
+
+
+def stall(head: bytes) -> Answer:
+    """An answer that begins so, and then stays open and silent."""
+
+    def answer(connection: Connection) -> None:
+        connection.send(head)
+        connection.wait_until_closed()
+
+    return answer
 
 
 # Giving up: the longest test begins first --------------------------------------------------------
@@ -146,22 +166,13 @@ Main = Callable[..., Printed]
 
 def test_thirty_seconds_without_an_event_end_it(run: Run) -> None:
     """The scripts as they are: they wait longer each time, and try for the last time at the end."""
-
-    def answer(connection: Connection) -> None:
-        if connection.number == 1:
-            connection.send(CHUNKED + chunk(events(0, 4)) + END)
-        else:
-            connection.send(error("503 Service Unavailable"))
-
+    answer = in_turn(CHUNKED + chunk(events(0, 4)) + END, error("503 Service Unavailable"))
     with wrong_server(answer) as one, wrong_server(answer) as other:
-        servers = dict(zip(LINE_READERS, (one, other), strict=True))
-        clients = {client: run(client, server.url) for client, server in servers.items()}
-        assert [client.wait() for client in clients.values()] == [1, 1]
-    for name, client in clients.items():
-        attempts = [
-            connection.time - servers[name].connections[0].time
-            for connection in servers[name].connections
-        ]
+        servers = [one, other]
+        clients = [run(c, server.url) for c, server in zip(LINE_READERS, servers, strict=True)]
+        assert [client.wait() for client in clients] == [1, 1]
+    for server, client in zip(servers, clients, strict=True):
+        attempts = [c.time - server.connections[0].time for c in server.connections]
         waits = [later - earlier for earlier, later in pairwise(attempts)]
         *growing, _ = waits  # the last one is cut short by the end
         # Each wait is half as long again as the one before; compared with the one before that, a
@@ -172,7 +183,7 @@ def test_thirty_seconds_without_an_event_end_it(run: Run) -> None:
         warning, sentence = client.errors
         assert warning.startswith("The stream broke off after event 3 (")
         assert sentence == (
-            f"Gave up after event 3: {servers[name].url} sent no new event for 30 seconds, most "
+            f"Gave up after event 3: {server.url} sent no new event for 30 seconds, most "
             "recently because the server answered 503 Service Unavailable. "
             "Check the server, then try again."
         )
@@ -188,13 +199,8 @@ def test_copied_away_prints_each_arrival_and_sums_up(
     for file in {f"{client}.py", "client.py"}:
         shutil.copy(ROOT / file, tmp_path)
     url = f"{shared_server.url}{path_of(client)}?interval=0.01"
-    copy = subprocess.run(
-        [sys.executable, f"{client}.py", url],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    command = [sys.executable, f"{client}.py", url]
+    copy = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert copy.returncode == 0, copy.stderr
     arrivals = [re.fullmatch(rf"{TIME}  (.*)", line) for line in copy.stdout.splitlines()]
     assert all(arrivals), copy.stdout
@@ -252,50 +258,25 @@ def test_live(client: str, framing: str, run: Run) -> None:
         assert running.wait() == 0
 
 
+# When each of the two pieces is sent, in seconds, and whether something held the stream back.
+@pytest.mark.parametrize(
+    ("times", "held"), [((1.2, 0), True), ((0, 1.2), False), ((0.2, 0), False)]
+)
 @all_clients
-def test_says_when_something_held_the_stream_back(client: str, main: Main) -> None:
-    def all_at_the_end(connection: Connection) -> None:
+def test_says_when_something_held_the_stream_back(
+    client: str, times: tuple[float, float], held: bool, main: Main
+) -> None:
+    def answer(connection: Connection) -> None:
         connection.send(CHUNKED)
-        time.sleep(1.2)
-        connection.send(b"".join(map(chunk, first_two(client))) + END)
+        for seconds, piece in zip(times, first_two(client), strict=True):
+            time.sleep(seconds)
+            connection.send(chunk(piece))
+        connection.send(END)
 
-    with wrong_server(all_at_the_end) as server:
+    with wrong_server(answer) as server:
         printed = main(client, server.url)
     assert printed.status == 0
-    assert "something on the way held the stream back" in printed.err[-1]
-
-
-@all_clients
-def test_says_nothing_when_nothing_held_the_stream_back(client: str, main: Main) -> None:
-    first, second = first_two(client)
-
-    def slow(connection: Connection) -> None:
-        connection.send(CHUNKED + chunk(first))
-        time.sleep(1.2)
-        connection.send(chunk(second) + END)
-
-    def late_but_quick(connection: Connection) -> None:
-        connection.send(CHUNKED)
-        time.sleep(0.2)
-        connection.send(chunk(first + second) + END)
-
-    for answer in (slow, late_but_quick):
-        with wrong_server(answer) as server:
-            printed = main(client, server.url)
-        assert printed.status == 0
-        assert "held" not in printed.err[-1]
-
-
-@all_clients
-def test_nobody_listening_is_told_at_once(client: str) -> None:
-    process = run_client(f"{client}.py", f"http://127.0.0.1:{free_port()}{path_of(client)}")
-    assert process.returncode == 1
-    assert process.stdout == ""
-    assert re.fullmatch(
-        r"Cannot (connect to|read) http://\S+: (nobody listens there|Connection refused)\. "
-        r"Start the server with `uvicorn main:app`, or check the address\.\n",
-        process.stderr,
-    )
+    assert ("something on the way held the stream back" in printed.err[-1]) == held
 
 
 @pytest.mark.parametrize(
@@ -312,15 +293,23 @@ def test_nobody_listening_is_told_at_once(client: str) -> None:
         f"http://{'a' * 70}.com/",
         "http://\udcff/",
         "http://no-such-host.invalid/",
+        "http://127.0.0.1:{port}/",
     ],
 )
 @all_clients
 def test_a_wrong_address_is_told_at_once(client: str, url: str, main: Main) -> None:
+    url = url.replace("{port}", str(free_port()))
     printed = main(client, url, FIRST_DELAY=LIMIT) if client != "client" else main(client, url)
     assert (printed.status, printed.out) == (1, [])
     (sentence,) = printed.err
     assert re.fullmatch(r"Cannot (read|connect to) .*\. (Expected|Start) .+\.", sentence)
     assert url in sentence.encode("utf-8", "surrogateescape").decode() or "\udcff" in url
+    if "127.0.0.1" in url:
+        assert re.search(
+            r": (nobody listens there|Connection refused)\. Start the server with `uvicorn "
+            r"main:app`, or check the address\.$",
+            sentence,
+        )
 
 
 @all_clients
@@ -342,11 +331,7 @@ def test_bad_parameters_are_told_with_the_servers_words(
 
 @all_clients
 def test_ctrl_c(client: str, run: Run) -> None:
-    def answer(connection: Connection) -> None:
-        connection.send(CHUNKED + chunk(first_two(client)[0]))
-        connection.wait_until_closed()
-
-    with wrong_server(answer) as server:
+    with wrong_server(stall(CHUNKED + chunk(first_two(client)[0]))) as server:
         running = run(client, server.url)
         running.wait_for_lines(1)
         running.popen.send_signal(signal.SIGINT)
@@ -367,30 +352,21 @@ def test_ctrl_c_while_waiting_to_resume(client: str, run: Run) -> None:
     assert re.fullmatch(r"0 events in .* s\.", running.errors[-1])
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"), [("| head -2", "Broken pipe"), (">/dev/full", "No space left on device")]
+)
 @all_clients
-def test_head_ends_it_without_a_traceback(client: str, shared_server: Process) -> None:
+def test_nobody_takes_the_output(
+    client: str, output: str, reason: str, shared_server: Process
+) -> None:
     url = f"{shared_server.url}{path_of(client)}?interval=0.01"
-    command = f"{sys.executable} {ROOT}/{client}.py '{url}' | head -2; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} {ROOT}/{client}.py '{url}' {output}; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert process.returncode == 1
-    assert len(process.stdout.splitlines()) == 2
-    assert process.stderr == "Cannot write to standard output: Broken pipe.\n"
-
-
-@all_clients
-def test_full_disk_ends_it_without_a_traceback(client: str) -> None:
-    with wrong_server(WHOLE) as server, Path("/dev/full").open("wb") as full:
-        process = subprocess.run(
-            [sys.executable, ROOT / f"{client}.py", server.url],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=LIMIT,
-        )
-    assert process.returncode == 1
-    assert process.stderr == "Cannot write to standard output: No space left on device.\n"
+    assert len(process.stdout.splitlines()) == (2 if "head" in output else 0)
+    assert process.stderr == f"Cannot write to standard output: {reason}.\n"
 
 
 @all_clients
@@ -410,17 +386,7 @@ def test_help(client: str) -> None:
     assert f"http://localhost:8000{path_of(client)}" in process.stdout
 
 
-# client.py: what goes wrong -----------------------------------------------------------------------
-
-
-def stall(head: bytes) -> Answer:
-    """An answer that begins so, and then stays open and silent."""
-
-    def answer(connection: Connection) -> None:
-        connection.send(head)
-        connection.wait_until_closed()
-
-    return answer
+# What goes wrong, and is told at once -------------------------------------------------------------
 
 
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\n"
@@ -446,7 +412,7 @@ ERRORS: dict[str, tuple[Answer | bytes, str]] = {
     "206": (error("206 Partial Content"), "answered 206 Partial Content, not a stream"),
     "302 to nobody": (
         error("302 Found", headers=b"Location: http://127.0.0.1:1/\r\n"),
-        "Connection refused|it redirects to .*127.0.0.1:1.*, and nobody listens there",
+        "Connection refused|(redirects|leads) to .*127.0.0.1:1.*, and nobody listens there",
     ),
 }
 
@@ -489,9 +455,6 @@ def test_client_tells_why_it_could_not_read_on(
     assert reason in printed.err[0]
 
 
-# The line readers: what goes wrong ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -502,43 +465,53 @@ def test_client_tells_why_it_could_not_read_on(
         b"[]\n",
         b"[" * 100_000 + b"\n",
         b'{"event_id": NaN, "data": "", "is_last_event": false}\n',
+        b'{"event_id": true, "data": "", "is_last_event": false}\n',
         b'{"event_id": 1e999, "data": "", "is_last_event": false}\n',
         b'{"event_id": %s, "data": "", "is_last_event": false}\n' % (b"1" * 5000),
         b'{"event_id": 0, "data": "\xff", "is_last_event": false}\n',
         b"\0\n",
+        event(2),
     ],
     ids=lambda line: repr(line[:40]),
 )
 @both_line_readers
-def test_a_line_that_is_no_event_is_told_at_once(client: str, line: bytes, main: Main) -> None:
-    with wrong_server(CHUNKED + chunk(line) + END) as server:
+def test_a_line_that_is_not_the_next_event_is_told_at_once(
+    client: str, line: bytes, main: Main
+) -> None:
+    with wrong_server(CHUNKED + chunk(event(0) + line) + END) as server:
         printed = main(client, server.url)
         assert len(server.connections) == 1
-    assert (printed.status, printed.out, len(printed.err)) == (1, [], 1)
-    assert f"{server.url} sent a line that is not an event: b" in printed.err[0]
+    assert (printed.status, printed.ids, len(printed.err)) == (1, [0], 1)
+    wrong = "a line that is not an event: b"
+    if line == event(2):
+        wrong = "event 2 where event 1 was expected: events are lost"
+    assert f"{server.url} sent {wrong}" in printed.err[0]
 
 
-@both_line_readers
-def test_a_missing_event_is_told(client: str, main: Main) -> None:
-    with wrong_server(CHUNKED + chunk(event(0) + event(2)) + END) as server:
-        printed = main(client, server.url)
-    assert (printed.status, len(printed.out), len(printed.err)) == (1, 1, 1)
-    assert "sent event 2 where event 1 was expected: events are lost" in printed.err[0]
+# What goes wrong, and is tried again --------------------------------------------------------------
 
-
-DAMAGED: dict[str, Answer | bytes] = {
-    "server error": error("500 Internal Server Error"),
-    "server error without a reason": error("500 "),
-    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
-    "nothing": b"",
-    "status line": b"HTTP/1.1 abc OK\r\n\r\n",
-    "long header": STREAM + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
-    "many headers": STREAM + b"X: y\r\n" * 200 + b"\r\n",
-    "chunk size": CHUNKED + b"zz\r\n",
-    "gzip": GZIPPED + chunk(b"this is not gzip") + END,
-    "event ids": CHUNKED + chunk(b'{"event_id": -1, "data": "", "is_last_event": false}\n') + END,
-    "blank lines": CHUNKED + chunk(b"\n\n\n") + END,
-    "no line": CHUNKED + END,
+# What the clients are sent at each attempt, and what is said of it.
+DAMAGED: dict[str, tuple[Answer | bytes, str]] = {
+    "server error": (error("500 Internal Server Error"), "the server answered 500 Internal Server"),
+    "server error without a reason": (error("500 "), "the server answered 500"),
+    "too many requests": (error("429 Too Many Requests"), "the server answered 429 Too Many"),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH-2.0-OpenSSH"),
+    "nothing": (b"", ""),
+    "status line": (b"HTTP/1.1 abc OK\r\n\r\n", ""),
+    "long header": (STREAM + b"X: " + b"y" * 100_000 + b"\r\n\r\n", "ot more than 65536 bytes"),
+    "many headers": (STREAM + b"X: y\r\n" * 200 + b"\r\n", "100 headers|Too many headers"),
+    "chunk size": (CHUNKED + b"zz\r\n", ""),
+    "cut": (CHUNKED + chunk(b'{"event_id":'), "the connection was cut"),
+    "damaged gzip": (
+        STREAM + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
+        "decompressing|decode content-encoding",
+    ),
+    "event ids": (
+        CHUNKED + chunk(b'{"event_id": -1, "data": "", "is_last_event": false}\n') + END,
+        "the server ended it early",
+    ),
+    "blank lines": (CHUNKED + chunk(b"\n\n\n") + END, "the server ended it early"),
+    "no line": (CHUNKED + END, "the server ended it early"),
 }
 
 
@@ -547,19 +520,20 @@ DAMAGED: dict[str, Answer | bytes] = {
 def test_a_damaged_answer_is_tried_again_until_it_gives_up(
     client: str, case: str, main: Main
 ) -> None:
-    with wrong_server(DAMAGED[case]) as server:
-        printed = main(client, server.url, FIRST_DELAY=0.02, GIVE_UP_AFTER=0.5)
+    answer, reason = DAMAGED[case]
+    with wrong_server(answer) as server:
+        printed = main(client, server.url, FIRST_DELAY=0.02, GIVE_UP_AFTER=0.4)
         assert len(server.connections) > 1
     assert (printed.status, printed.out) == (1, [])
     warning, sentence = printed.err
     assert warning.startswith("The stream broke off at the start (")
-    assert f"Gave up at the start: {server.url} sent no new event for " in sentence
+    start = f"Gave up at the start: {re.escape(server.url)} sent no new event for 0 seconds, "
+    assert re.match(rf"{start}most recently because .*({reason})", sentence)
 
 
 @both_line_readers
 def test_damage_in_mid_stream(client: str) -> None:
     """Chunks that go bad after a whole event, while the program is busy with that event."""
-    module = load(client, FIRST_DELAY=0.01, GIVE_UP_AFTER=5.0)
 
     def answer(connection: Connection) -> None:
         connection.send(CHUNKED + chunk(event(connection.first)))
@@ -567,18 +541,9 @@ def test_damage_in_mid_stream(client: str) -> None:
             time.sleep(0.02)
             connection.send(b"zz\r\n")
 
-    async def busy_program(url: str) -> list[int]:
-        ids = []
-        async for item in module.read_events(url):
-            ids.append(item["event_id"])
-            await asyncio.sleep(0.1)
-        return ids
-
+    module = load(client, FIRST_DELAY=0.01, GIVE_UP_AFTER=5.0)
     with wrong_server(answer) as server:
-        if client == "client_sync":
-            assert read(module, server.url) == (ALL, None)
-        else:
-            assert asyncio.run(busy_program(server.url)) == ALL
+        assert read(module, server.url, pause=0.1) == (ALL, None)
 
 
 CUTS: dict[str, Callable[[bytes, bytes], bytes]] = {
@@ -594,52 +559,66 @@ CUTS: dict[str, Callable[[bytes, bytes], bytes]] = {
 @pytest.mark.parametrize("cut", CUTS)
 @both_line_readers
 def test_cut_in_a_line_and_in_a_character_it_resumes(client: str, cut: str, main: Main) -> None:
+    half = event(3).split(b"\x98")[0]
+    assert half.endswith(b"\xe2")
+
     def answer(connection: Connection) -> None:
         if connection.number > 1:
-            connection.send(CHUNKED + chunk(events(connection.first, 10)) + END)
-            return
-        half = event(3).split(b"\x98")[0]
-        assert half.endswith(b"\xe2")
-        connection.send(CUTS[cut](events(0, 3), half))
+            go_on(connection)
+        else:
+            connection.send(CUTS[cut](events(0, 3), half))
 
     with wrong_server(answer) as server:
         printed = main(client, server.url)
         assert "last-event-id" not in server.connections[0].headers
         assert [c.headers["last-event-id"] for c in server.connections[1:]] == ["2"]
-    assert printed.status == 0
-    assert [json.loads(line.split("  ")[1])["event_id"] for line in printed.out] == ALL
+    assert (printed.status, printed.ids) == (0, ALL)
     warning, summary = printed.err
     assert warning.startswith("The stream broke off after event 2 (")
     assert summary.startswith("10 events in ")
 
 
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
 @both_line_readers
-def test_server_errors_on_reconnecting_are_tried_again(client: str, main: Main) -> None:
+def test_try_again_later_is_tried_again(client: str, status: int, main: Main) -> None:
+    """Of 408, 425 and 429 RFC 9110, 8470 and 6585 say that they are temporary."""
+    later = error(f"{status} Later", headers=b"Retry-After: 1\r\n")
+
     def answer(connection: Connection) -> None:
-        if connection.number in (2, 3):
-            connection.send(error("500 Internal Server Error"))
+        if connection.number in (1, 3, 4):
+            connection.send(later)
+        elif connection.number == 2:
+            connection.send(CHUNKED + chunk(events(0, 4)) + END)
         else:
-            stop = 4 if connection.number == 1 else 10
-            connection.send(CHUNKED + chunk(events(connection.first, stop)) + END)
+            go_on(connection)
 
     with wrong_server(answer) as server:
         printed = main(client, server.url, FIRST_DELAY=0.01)
-        assert [c.headers.get("last-event-id") for c in server.connections] == [None, "3", "3", "3"]
-    assert (printed.status, len(printed.out)) == (0, 10)
-    assert len(printed.err) == 2  # one warning, although three attempts were needed
+        seen = [connection.headers.get("last-event-id") for connection in server.connections]
+    assert seen == [None, None, "3", "3", "3"]
+    assert (printed.status, printed.ids) == (0, ALL)
+    assert len(printed.err) == 3  # a warning each time that it broke off, not for each attempt
 
 
+@pytest.mark.parametrize(
+    ("answer", "status", "told"),
+    [
+        (error("410 Gone"), 1, "answered 410 Gone"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 0, "events in "),
+    ],
+    ids=["410", "204"],
+)
 @both_line_readers
-def test_client_errors_on_reconnecting_are_told_at_once(client: str, main: Main) -> None:
-    def answer(connection: Connection) -> None:
-        first = CHUNKED + chunk(events(0, 4)) + END
-        connection.send(first if connection.number == 1 else error("410 Gone"))
-
-    with wrong_server(answer) as server:
-        printed = main(client, server.url, FIRST_DELAY=0.01)
-        assert len(server.connections) == 2
-    assert (printed.status, len(printed.out)) == (1, 4)
-    assert "answered 410 Gone" in printed.err[-1]
+def test_an_answer_that_ends_it(
+    client: str, answer: bytes, status: int, told: str, main: Main
+) -> None:
+    """Instead of the stream, and after four of its events."""
+    for count, begins in ((0, []), (4, [CHUNKED + chunk(events(0, 4)) + END])):
+        with wrong_server(in_turn(*begins, answer)) as server:
+            printed = main(client, server.url, FIRST_DELAY=0.01)
+            assert len(server.connections) == 1 + len(begins)
+        assert (printed.status, len(printed.out)) == (status, count)
+        assert told in printed.err[-1]
 
 
 @both_line_readers
@@ -649,25 +628,9 @@ def test_a_server_that_begins_anew(client: str) -> None:
     def answer(connection: Connection) -> None:
         connection.send(CHUNKED + chunk(events(0, 4 * connection.number)[:-9]) + END)
 
-    module = load(client, FIRST_DELAY=0.01)
     with wrong_server(answer) as server:
-        assert read(module, server.url) == (ALL, None)
+        assert read(load(client, FIRST_DELAY=0.01), server.url) == (ALL, None)
         assert len(server.connections) == 3
-
-
-@both_line_readers
-def test_no_content_ends_the_stream(client: str, main: Main) -> None:
-    no_content = b"HTTP/1.1 204 No Content\r\n\r\n"
-
-    def after_four_events(connection: Connection) -> None:
-        first = CHUNKED + chunk(events(0, 4)) + END
-        connection.send(first if connection.number == 1 else no_content)
-
-    for answer, count in ((no_content, 0), (after_four_events, 4)):
-        with wrong_server(answer) as server:
-            printed = main(client, server.url)
-        assert (printed.status, len(printed.out)) == (0, count)
-        assert printed.err[-1].startswith(f"{count} events in ")
 
 
 @both_line_readers
@@ -693,20 +656,12 @@ def test_a_long_line_is_read_whole(client: str, size: int) -> None:
     line = event(0, 1, data)
 
     def answer(connection: Connection) -> None:
-        connection.send(CHUNKED)
-        for i in range(0, len(line), size):
-            connection.send(chunk(line[i : i + size]))
+        pieces = [chunk(line[i : i + size]) for i in range(0, len(line), size)]
+        connection.send(CHUNKED + b"".join(pieces))
 
-    async def read_async(url: str) -> list[Any]:
-        return [item async for item in module.read_events(url)]
-
-    module = load(client)
     with wrong_server(answer) as server:
-        if client == "client_sync":
-            items = list(module.read_events(server.url))
-        else:
-            items = asyncio.run(read_async(server.url))
-    assert items == [{"event_id": 0, "data": data, "is_last_event": True}]
+        found = read_all(load(client), server.url)
+    assert found == ([{"event_id": 0, "data": data, "is_last_event": True}], None)
 
 
 @both_line_readers
@@ -750,7 +705,7 @@ def test_the_last_attempt_may_succeed(client: str) -> None:
             connection.send(error("503 Service Unavailable"))
             return
         connection.send(CHUNKED)
-        for event_id in range(10):
+        for event_id in ALL:
             time.sleep(0.02)
             connection.send(chunk(event(event_id)))
 
@@ -768,8 +723,7 @@ def test_killed_and_started_again_nothing_is_lost(client: str, server: Process, 
     server.kill()
     server.start()
     assert running.wait() == 0
-    lines = running.wait_for_lines(10)
-    assert [json.loads(line.split("  ")[1])["event_id"] for line in lines] == ALL
+    assert Printed(0, running.lines(), []).ids == ALL
     warning, summary = running.errors
     assert re.fullmatch(r"The stream broke off after event \d \(.*\); resuming it\.", warning)
     assert summary.startswith("10 events in ")
@@ -778,22 +732,17 @@ def test_killed_and_started_again_nothing_is_lost(client: str, server: Process, 
 # From another program -----------------------------------------------------------------------------
 
 
+def python(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run Python in a folder; return the exit status and what it printed."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT * 3)
+    return done.returncode, done.stdout, done.stderr
+
+
 @all_clients
 def test_importing_does_nothing(client: str) -> None:
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-X",
-            "dev",
-            "-c",
-            f"import {client}, logging; print(logging.root.handlers)",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (0, "[]\n", "")
+    code = f"import {client}, logging; print(logging.root.handlers)"
+    assert python(ROOT, "-X", "dev", "-c", code) == (0, "[]\n", "")
 
 
 READ_ALL = {
@@ -813,19 +762,8 @@ def test_copied_away_alone_read_events_works_and_the_script_says_what_it_lacks(
     shutil.copy(ROOT / f"{client}.py", tmp_path)
     url = f"{shared_server.url}/ndjson?interval=0"
     program = f"from {client} import read_events\n" + READ_ALL[client].format(url=url)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        process = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
-        return process.returncode, process.stdout, process.stderr
-
-    assert run("-c", program) == (0, f"{ALL}\n", "")
-    assert run(f"{client}.py", url) == (
+    assert python(tmp_path, "-c", program) == (0, f"{ALL}\n", "")
+    assert python(tmp_path, f"{client}.py", url) == (
         1,
         "",
         "Printing needs client.py in this folder too (No module named 'client'); "
@@ -833,42 +771,24 @@ def test_copied_away_alone_read_events_works_and_the_script_says_what_it_lacks(
     )
 
 
-def test_what_both_line_readers_define_is_the_same_to_the_letter() -> None:
-    """All but the functions that read with requests and with aiohttp."""
+def test_what_the_line_readers_share_is_the_same_to_the_letter() -> None:
+    def shared(client: str, other: str) -> str:
+        heading = f"# From here to `new_event`, this file and {other}.py are identical"
+        rest = (ROOT / f"{client}.py").read_text().split(heading)[1]
+        return rest[: rest.index("\ndef show_events")]
 
-    def definitions(client: str) -> dict[str, str]:
-        text = (ROOT / f"{client}.py").read_text()
-        lines = text.splitlines()
-        found = {}
-        for node in ast.parse(text).body:
-            match node:
-                case ast.Assign(targets=[ast.Name(id=name)]):
-                    pass
-                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                    name = node.name
-                case _:
-                    continue
-            # Whole lines, so that a comment behind the code counts too.
-            found[name] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        return found
-
-    one, other = map(definitions, LINE_READERS)
-    differ = {name for name in one.keys() & other.keys() if one[name] != other[name]}
-    assert differ == {"read_events", "check_status", "explain", "show_events"}
-    assert one.keys() ^ other.keys() == {"Arrived", "new_session", "in_time", "NO_CONNECTION"}
+    assert "class Resume" in shared(*LINE_READERS)
+    assert "def new_event" in shared(*LINE_READERS)
+    assert shared(*LINE_READERS) == shared(*LINE_READERS[::-1])
 
 
 @both_line_readers
 def test_leaving_the_loop_closes_the_connection(client: str) -> None:
-    def answer(connection: Connection) -> None:
-        connection.send(CHUNKED + chunk(events(0, 3)))
-        connection.wait_until_closed()
-
     async def first_async(url: str) -> Any:
         async with aclosing(load(client).read_events(url)) as stream:
             return await anext(stream)
 
-    with wrong_server(answer) as server:
+    with wrong_server(stall(CHUNKED + chunk(events(0, 3)))) as server:
         if client == "client_sync":
             item = next(load(client).read_events(server.url))
         else:
@@ -877,7 +797,7 @@ def test_leaving_the_loop_closes_the_connection(client: str) -> None:
         wait_for(lambda: server.connections[0].closed, "the server to see that the reader is gone")
 
 
-def test_types_for_a_program_that_uses_them(tmp_path: Path) -> None:
+def test_types_for_a_program_that_uses_them(tmp_path: Path, monkeypatch: Any) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import client_async, client_sync\n"
@@ -891,14 +811,7 @@ def test_types_for_a_program_that_uses_them(tmp_path: Path) -> None:
         "def wrong(url: str) -> list[str]:\n"
         "    return [event['event_id'] for event in client_sync.read_events(url)]\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", program],
-        cwd=ROOT,
-        env={**os.environ, "MYPYPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT * 3,
-    )
-    errors = [line for line in process.stdout.splitlines() if ": error:" in line]
-    assert len(errors) == 1, process.stdout
-    assert "program.py:10:" in errors[0]
+    monkeypatch.setenv("MYPYPATH", str(ROOT))
+    _, stdout, _ = python(ROOT, "-m", "mypy", "--strict", str(program))
+    (error_line,) = [line for line in stdout.splitlines() if ": error:" in line]
+    assert "program.py:10:" in error_line

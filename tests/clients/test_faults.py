@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from tests.support.fault_proxy import QUICK, Fault, FaultProxy, try_all, whole_answer
 from tests.support.processes import LIMIT, Process, wait_for
 from tests.support.wrong_servers import (
+    ALL,
     CHUNKED,
     CLOSED,
     END,
     Answer,
     Connection,
+    both_line_readers,
     chunk,
     event,
     events,
@@ -25,9 +27,6 @@ from tests.support.wrong_servers import (
     read,
     wrong_server,
 )
-
-ALL = list(range(10))
-both_line_readers = pytest.mark.parametrize("client", ["client_sync", "client_async"])
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,16 @@ import pytest
 
 from tests.support.processes import LIMIT, free_port, need, run_client, wait_for
 from tests.support.wrong_servers import (
+    ALL,
     CHUNKED,
+    CLIENTS,
     END,
     STREAM,
+    WHOLE,
     Connection,
     WrongServer,
+    all_clients,
+    both_line_readers,
     chunk,
     error,
     events,
@@ -32,13 +37,7 @@ from tests.support.wrong_servers import (
     wrong_server,
 )
 
-CLIENTS = ["client", "client_sync", "client_async"]
-all_clients = pytest.mark.parametrize("client", CLIENTS)
 with_requests = pytest.mark.parametrize("client", CLIENTS[:2])
-both_line_readers = pytest.mark.parametrize("client", CLIENTS[1:])
-
-WHOLE = CHUNKED + chunk(events(0, 10)) + END
-ALL = list(range(10))
 FROM_THE_ENVIRONMENT = {
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "NETRC"),
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"),
@@ -144,6 +143,18 @@ def test_a_dead_proxy_is_not_mistaken_for_the_server(client: str, scheme: str) -
         assert status == 0
 
 
+@pytest.mark.parametrize("proxy", ["socks5h://127.0.0.1:1", "http://no-such-host.invalid:1"])
+@all_clients
+def test_it_is_the_proxy_that_cannot_be_reached(client: str, proxy: str) -> None:
+    with wrong_server(WHOLE) as server:
+        status, sentence = run(client, server.url, **proxies(proxy))
+        assert not server.connections
+    assert status == 1
+    assert re.match(
+        r"Cannot (connect to|read) .*: (the proxy failed|a redirect or a proxy)", sentence
+    )
+
+
 @pytest.mark.parametrize("proxy", ["http://", "http://[::1", "http://127.0.0.1:99999", "://", " "])
 @all_clients
 def test_a_proxy_that_is_no_address(client: str, proxy: str) -> None:
@@ -228,53 +239,6 @@ def test_headers_of_60_kilobytes(client: str) -> None:
     head = STREAM + b"X: " + b"y" * 60_000 + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
     with wrong_server(head + chunk(events(0, 10)) + END) as server:
         assert read(load(client), server.url) == (ALL, None)
-
-
-REASONS: dict[str, tuple[bytes, str]] = {
-    "a longer header": (STREAM + b"X: " + b"y" * 100_000 + b"\r\n\r\n", "ot more than 65536 bytes"),
-    "many headers": (STREAM + b"X: y\r\n" * 200 + b"\r\n", "100 headers|Too many headers"),
-    "another protocol": (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH-2.0-OpenSSH"),
-    "damaged gzip": (
-        STREAM + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
-        "decompressing|decode content-encoding",
-    ),
-    "cut": (CHUNKED + chunk(b'{"event_id":'), "the connection was cut"),
-    "too many requests": (error("429 Too Many Requests"), "the server answered 429 Too Many"),
-}
-
-
-@pytest.mark.parametrize("case", REASONS)
-@both_line_readers
-def test_when_it_gives_up_it_says_what_was_wrong(client: str, case: str) -> None:
-    answer, reason = REASONS[case]
-    module = load(client, FIRST_DELAY=0.05, GIVE_UP_AFTER=0.3)
-    with wrong_server(answer) as server:
-        ids, sentence = read(module, server.url)
-        assert len(server.connections) > 1
-    assert ids == []
-    assert sentence
-    assert re.search(rf"^Gave up at the start: .* most recently because .*({reason})", sentence)
-    assert "\n" not in sentence
-
-
-@pytest.mark.parametrize(
-    "status", ["408 Request Timeout", "425 Too Early", "429 Too Many Requests"]
-)
-@both_line_readers
-def test_try_again_later_is_tried_again(client: str, status: str) -> None:
-    """Also at the start: RFC 9110, 8470 and 6585 say of these three that they are temporary."""
-
-    def answer(connection: Connection) -> None:
-        if connection.number in (1, 3):
-            connection.send(error(status, headers=b"Retry-After: 1\r\n"))
-        else:
-            stop = 4 if connection.number == 2 else 10
-            connection.send(CHUNKED + chunk(events(connection.first, stop)) + END)
-
-    with wrong_server(answer) as server:
-        assert read(load(client, FIRST_DELAY=0.01), server.url) == (ALL, None)
-        seen = [connection.headers.get("last-event-id") for connection in server.connections]
-    assert seen == [None, None, "3", "3"]
 
 
 LINES: dict[str, tuple[Any, bool]] = {

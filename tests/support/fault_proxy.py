@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tests.support.processes import UVICORN, Process, free_port
-from tests.support.wrong_servers import load, read, read_async
+from tests.support.wrong_servers import load, read_all, read_async
 
 T = TypeVar("T")
 
@@ -147,7 +147,8 @@ class Tally:
     disordered: int = 0
     errors: list[str] = field(default_factory=list)
 
-    def add(self, route: Route, ids: list[int], error: str | None) -> None:
+    def add(self, route: Route, events: list[Any], error: str | None) -> None:
+        ids = [event["event_id"] for event in events]
         self.tried += 1
         self.connections += route.connections
         self.lost += 10 - len(set(ids))
@@ -164,7 +165,7 @@ def try_all(client: str, proxy: FaultProxy, plans: Iterable[list[Fault]], at_onc
 
     def try_sync(plan: list[Fault]) -> None:
         with proxy.route(plan) as route:
-            tally.add(route, *read(module, route.url))
+            tally.add(route, *read_all(module, route.url))
 
     async def try_async(plan: list[Fault], limit: asyncio.Semaphore) -> None:
         async with limit:

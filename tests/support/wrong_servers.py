@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from tests.support.processes import LIMIT, ROOT
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
@@ -26,6 +28,11 @@ CLOSED = (
 )
 GZIPPED = STREAM + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
+
+LINE_READERS = ["client_sync", "client_async"]
+CLIENTS = ["client", *LINE_READERS]
+all_clients = pytest.mark.parametrize("client", CLIENTS)
+both_line_readers = pytest.mark.parametrize("client", LINE_READERS)
 
 
 def chunk(data: bytes) -> bytes:
@@ -42,6 +49,10 @@ def event(event_id: int, steps: int = 10, data: str = "☕") -> bytes:
 def events(first: int, stop: int, steps: int = 10) -> bytes:
     """The events from `first` up to, but without, `stop`, of a stream of `steps`."""
     return b"".join(event(i, steps) for i in range(first, stop))
+
+
+ALL = list(range(10))  # the ids of the events in WHOLE
+WHOLE = CHUNKED + chunk(events(0, 10)) + END
 
 
 def error(status: str, body: bytes = b"it is broken", headers: bytes = b"") -> bytes:
@@ -162,25 +173,36 @@ def load(name: str, **constants: float) -> Any:
     return module
 
 
-async def read_async(module: Any, url: str) -> tuple[list[int], str | None]:
-    """`read`, for the asynchronous client alone."""
-    ids = []
+async def read_async(module: Any, url: str, pause: float = 0) -> tuple[list[Any], str | None]:
+    """`read_all`, for the asynchronous client alone."""
+    found = []
     try:
-        async for event in module.read_events(url):
-            ids.append(event["event_id"])
+        async for item in module.read_events(url):
+            found.append(item)
+            await asyncio.sleep(pause)
     except module.StreamError as error:
-        return ids, str(error)
-    return ids, None
+        return found, str(error)
+    return found, None
 
 
-def read(module: Any, url: str) -> tuple[list[int], str | None]:
-    """Return the ids of the events that a line reader gives, and its error, if it ends with one."""
+def read_all(module: Any, url: str, pause: float = 0) -> tuple[list[Any], str | None]:
+    """Return what a line reader gives, and its error, if it ends with one.
+
+    The program that reads is busy for `pause` seconds after each event.
+    """
     if module.__name__ == "client_async":
-        return asyncio.run(read_async(module, url))
-    ids = []
+        return asyncio.run(read_async(module, url, pause))
+    found = []
     try:
-        for event in module.read_events(url):
-            ids.append(event["event_id"])
+        for item in module.read_events(url):
+            found.append(item)
+            time.sleep(pause)
     except module.StreamError as error:
-        return ids, str(error)
-    return ids, None
+        return found, str(error)
+    return found, None
+
+
+def read(module: Any, url: str, pause: float = 0) -> tuple[list[int], str | None]:
+    """The same, with the ids of the events."""
+    found, sentence = read_all(module, url, pause)
+    return [item["event_id"] for item in found], sentence
