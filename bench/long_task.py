@@ -1,8 +1,8 @@
 """What recipes/long_task.py needs for a hundred tasks with a reader each, and when idle.
 
 Run it with `python bench/long_task.py` (three minutes, on a machine that does nothing else), or
-with `--quick` to see that it works. It prints a table, and writes long_task.json and long_task.md.
-PostgreSQL must be installed.
+with `--quick` to see that it works. It prints a table, writes long_task.json and long_task.md, and
+puts the table into README.md. PostgreSQL must be installed.
 """
 
 import argparse
@@ -95,7 +95,12 @@ def measure(tasks: int, parts: int, quiet: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory, running_postgres() as postgres:
         urls = {"SQLite": f"sqlite:///{directory}/tasks", "PostgreSQL": postgres.database_url}
         seen = [measure_one(name, url, tasks, parts, quiet) for name, url in urls.items()]
-    return {"heading": heading(), "tasks": tasks, "parts": parts, "seen": seen}
+    return {
+        "heading": heading("dbos", "sqlalchemy", "psycopg"),
+        "tasks": tasks,
+        "parts": parts,
+        "seen": seen,
+    }
 
 
 def render(results: dict[str, Any]) -> str:
@@ -125,6 +130,10 @@ def main() -> None:
     if not arguments.quick:
         (HERE / "long_task.json").write_text(json.dumps(results, indent=1) + "\n")
         (HERE / "long_task.md").write_text(render(results))
+        readme = (HERE / "README.md").read_text()
+        before, start, rest = readme.partition("<!-- bench/long_task.md -->\n")
+        _, end, after = rest.partition("<!-- end of bench/long_task.md -->\n")
+        (HERE / "README.md").write_text(before + start + render(results) + end + after)
 
 
 if __name__ == "__main__":

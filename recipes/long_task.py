@@ -171,7 +171,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # In a thread: started from a coroutine, DBOS would run the work on the server's event loop.
         await asyncio.to_thread(launch)
     except Exception as problem:
-        print(f"Cannot use DATABASE_URL: {in_one_line(problem)}", file=sys.stderr)
+        why = in_one_line(getattr(problem, "orig", problem))
+        print(f"Cannot use DATABASE_URL: {why}", file=sys.stderr)
         os._exit(3)  # as uvicorn itself does, but without its traceback
     loops = asyncio.gather(
         keep_going("Tasks cannot be watched", watch_tasks),
@@ -289,6 +290,8 @@ def launch() -> None:
     url = sa.make_url(DATABASE_URL.replace("postgresql:", "postgresql+psycopg:", 1))
     options = {"isolation_level": "IMMEDIATE"} if IS_SQLITE else POSTGRESQL  # as DBOS itself does
     url = url.update_query_dict(options | dict(url.query))
+    if url.database in (None, "", ":memory:"):
+        raise ValueError("it should name a file, or a database of PostgreSQL")
     engine = sa.create_engine(url, pool_size=8, max_overflow=0, pool_pre_ping=True)
     if IS_SQLITE:
         locks = Path(f"{url.database}.servers").open("a")  # noqa: SIM115
@@ -339,7 +342,7 @@ def stop() -> None:
 
 # 5. The living and the dead -----------------------------------------------------------------------
 
-suspects: set[str] = set()  # the tasks that nobody worked on at the last look
+idle: Counter[str] = Counter()  # at how many looks in a row nobody worked on a task
 
 
 async def look_after_tasks() -> None:
@@ -376,19 +379,21 @@ def take_lock(server: str) -> bool:
 
 
 def rescue() -> None:
-    """Put tasks that nobody works on, at this look and the one before, back into the queue.
+    """Put tasks that nobody works on back into the queue.
 
     Should somebody work on one after all, DBOS refuses what all but the last return.
     """
-    global suspects
+    global idle
     tasks = DBOS.list_workflows(name=NAME, status="PENDING")
     servers = {str(task.executor_id) for task in tasks} - {SERVER}
     alive = {server for server in servers if is_alive(server)}
     lost = {task.workflow_id for task in tasks if task.executor_id not in alive} - set(working)
+    idle = Counter({task_id: idle[task_id] + 1 for task_id in lost})
     for task in tasks:
-        if task.workflow_id in lost & suspects:
+        # What this server has just taken from the queue needs a moment to begin. If the database
+        # went away just then, it never does.
+        if idle[task.workflow_id] >= (10 if task.executor_id == SERVER else 2):
             put_back(task)
-    suspects = lost - suspects
 
 
 def put_back(task: Any) -> None:

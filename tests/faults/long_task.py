@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +30,6 @@ import requests
 
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, free_port, wait_for
-from tests.support.proxies import command, deployed
 
 RECORDED = (sys.executable, "-m", "uvicorn", "tests.support.recorded_work:app", "--port", "{port}")
 FAILING = 0.125  # seconds for each part of a task that fails in its third
@@ -456,38 +456,25 @@ def take_the_database_away(here: Place, postgres: Postgres, away: Away, seconds:
     return f"{seconds:.0f} s; 503 within {slowest:.1f} s; it went on {took:.1f} s after its return"
 
 
-def read_through_nginx(
-    here: Place, parts: int, seconds: float, changes: dict[str, str], keep_alive: int = 10
-) -> str:
-    """Read a task in one connection through the nginx of deploy/, with these changes."""
-    server, port = here.serve(KEEP_ALIVE=str(keep_alive)), free_port()
-    config = deployed("nginx", port, [server.port] * 3, here.tmp, changes)
-    proxy = Process(command("nginx", config), here.tmp / "nginx.log", port)
-    here.servers.append(proxy)
-    reader = Reader(proxy.url, start_task(server, parts, seconds))
-    assert_exact(reader.wait(parts * seconds + 2 * LIMIT), parts)
-    assert reader.connections == 1
-    return f"{parts} parts of {seconds} s in one connection, with {reader.comments} comments"
-
-
 # The table ----------------------------------------------------------------------------------------
 
 
 def table(postgres: Postgres) -> Iterator[tuple[str, str, str]]:
     """Yield each fault, and what was seen of it with SQLite and with PostgreSQL."""
-    both: dict[str, Callable[[Place], str]] = {
-        "`kill -9` after each part, and before the end": partial(kill_after_each_part, parts=12),
-        "`kill -9` at a random moment": partial(kill_at_random, parts=900, kills=25),
-        "SIGTERM": partial(terminate, tasks=20, parts=20, readers=10),
+    each: dict[str, Callable[[Place], str]] = {
+        "`kill -9` after each part, and before the end": partial(kill_after_each_part, parts=6),
+        "`kill -9` at a random moment": partial(kill_at_random, parts=300, kills=8),
+        "SIGTERM": partial(terminate, tasks=10, parts=20, readers=10),
         "`--reload`: the workflow is edited": partial(
-            save_the_code, tasks=20, parts=20, readers=10
+            save_the_code, tasks=10, parts=20, readers=10
         ),
         "`kill -9` three times in a part": three_deaths,
         "a part takes longer, a server hangs": partial(slow_is_not_dead, seconds=60),
     }
-    for name, fault in both.items():
-        with place() as here, place(postgres.database_url) as there:
-            yield name, fault(here), fault(there)
+    for name, fault in each.items():
+        with place() as here, place(postgres.database_url) as there, ThreadPoolExecutor() as both:
+            sqlite, postgresql = both.map(fault, (here, there))
+            yield name, sqlite, postgresql
     alone: dict[str, Callable[[Place], str]] = {
         "two servers": partial(two_servers, parts=20),
         "one of two servers killed": lose_one_of_two,
