@@ -30,7 +30,7 @@ async def clock(_: Any) -> AsyncGenerator[str]:
 def answers() -> ASGIApp:
     from recipes import answers
 
-    setattr(answers, "ask_parrot", clock)  # noqa: B010
+    setattr(answers, "parrot", clock)  # noqa: B010
     return answers.app
 
 

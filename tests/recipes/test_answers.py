@@ -273,7 +273,7 @@ def test_silence_is_told_with_comments(tmp_path: Path) -> None:
 
 def test_an_answer_is_forgotten_after_a_while_and_memory_is_given_back(tmp_path: Path) -> None:
     with Ask(tmp_path) as ask:
-        constants = {"answers_store.KEEP": 1, "parrot.SECONDS_PER_TOKEN": 0}
+        constants = {"answers.KEEP": 1, "parrot.SECONDS_PER_TOKEN": 0}
         server = ask.serve(constants=constants)
         client = asked(server)
         kept = client.responses.create(model="parrot", input=words(20))

@@ -263,5 +263,5 @@ def test_a_password_is_in_no_log(ask: Ask, redis: RedisServer) -> None:
     server = ask.serve(environment={"REDIS_URL": url})
     with pytest.raises(openai.InternalServerError) as told:
         asked(server).responses.create(model="parrot", input="a b")
-    server.wait_for_log("a sign of life: ")
+    server.wait_for_log("reading answers: ")
     assert "secret" not in server.log + str(told.value)

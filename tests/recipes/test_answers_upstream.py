@@ -15,7 +15,7 @@ from tests.support.processes import Process, wait_for
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Process]]:
     with Ask(tmp_path_factory.mktemp("upstream")) as ask:
         upstream = ask.serve(app="tests.support.chat_upstream:app")
-        yield upstream, ask.serve(upstream=upstream.url, constants={"answers_model.STALLED": 2})
+        yield upstream, ask.serve(upstream=upstream.url, constants={"answers.STALLED": 2})
 
 
 COMPLETE = ["complete", "comments, usage", "CRLF", "no [DONE]", "no reason", "gzip"]
@@ -27,7 +27,7 @@ BROKEN = {
     "no JSON": "The upstream's answer is not one of chat completions.",
     "null": "The upstream's answer is not one of chat completions.",
     "strange choices": "The upstream's answer is not one of chat completions.",
-    "200 in one piece": "The upstream failed (200): ",
+    "200 in one piece": "The upstream failed (200). {",
     "empty": "The upstream failed (500).",
     "401": "The upstream refuses the key of this server.",
 }

@@ -1,6 +1,6 @@
 """The recipe `answers` as tests run it: `uvicorn tests.support.answers_servers:app`.
 
-CONSTANTS (JSON) in the environment changes constants of its modules: {"answers_store.KEEP": 1}.
+CONSTANTS (JSON) in the environment changes constants of its modules: {"answers.KEEP": 1}.
 """
 
 import importlib
