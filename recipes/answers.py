@@ -403,8 +403,6 @@ async def make(answer: Answer, question: Question) -> None:
 
     end: dict[str, Any] = {"status": "completed"}
     try:
-        if redis:
-            await insist(lambda: attend(answer))
         await say("in_progress", response=answer.response())
         item = answer.item("in_progress")
         await say("output_item.added", output_index=0, item={**item, "content": []})
@@ -421,7 +419,7 @@ async def make(answer: Answer, question: Question) -> None:
         await say("content_part.done", **place, part=part)
         await say("output_item.done", output_index=0, item=item)
     except Refused:
-        pass  # somebody else has put the end
+        end = failed("The answer was ended elsewhere.")  # which is the end that it has already
     except asyncio.CancelledError as why:
         end = failed(why) if why.args else {"status": "cancelled"}
     except HTTPException as why:  # the upstream's failure, in its words
@@ -526,7 +524,9 @@ async def create(question: Question) -> Response:
     response |= {"background": bool(question.background), "metadata": question.metadata or {}}
     response |= {"status": "in_progress", "output": [], "error": None, "incomplete_details": None}
     response |= {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
-    await put(answer, answer.event("response.created", response=response))
+    first = put(answer, answer.event("response.created", response=response))
+    # Together: if this server dies now, or is told nothing, Redis still forgets the event.
+    await asyncio.gather(first, *([ask("EXPIRE", answer.key, KEEP)] if redis else []))
     here[answer.id] = answer
     answer.maker = asyncio.create_task(make(answer, question))
     if question.background and not question.stream:

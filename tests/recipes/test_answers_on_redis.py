@@ -223,6 +223,18 @@ def test_redis_fails(
         assert events_of(client, response.id)[-1]["type"] == "response.completed"
 
 
+def test_an_answer_that_was_not_begun_is_forgotten(ask: Ask, redis: RedisServer) -> None:
+    """Its first event got to Redis, but nobody was told so."""
+    line = BadLine(redis.port)
+    server = ask.serve(line.port)
+    line.cut_answer_to = b"XADD"
+    with pytest.raises(openai.InternalServerError):
+        asked(server).responses.create(model="parrot", input="a b", background=True)
+    (key,) = redis.client.keys("answers:resp_*")
+    assert redis.client.ttl(key) > 0
+    assert asked(server).responses.create(model="parrot", input="a b").output_text == "a b"
+
+
 def ids_in(text: str) -> list[str]:
     return [line.removeprefix("id: ") for line in text.splitlines() if line.startswith("id: ")]
 
