@@ -1,8 +1,8 @@
 """answers: an answer of a model that goes on while its reader is away.
 
-It is the background mode of OpenAI's Responses API, which every `openai` package reads. Everybody
-who has the id of an answer can read it, from any event on, and stop it. Take it where an answer
-takes long or costs much. Where an answer may end with its connection, `tokens` is simpler.
+It is the background mode of OpenAI's Responses API. Everybody who has the id of an answer can read
+it, from any event on, and stop it. Take it where an answer takes long or costs much. Where an
+answer may end with its connection, `tokens` is simpler.
 
 Run it with `uvicorn recipes.answers:app --reload`, then open http://localhost:8000, or read it with
 
@@ -11,55 +11,41 @@ Run it with `uvicorn recipes.answers:app --reload`, then open http://localhost:8
     client.responses.retrieve("resp_…", stream=True, starting_after=5)
 
 The answers are in the memory of one process. With `REDIS_URL` (redis://localhost:6379) they are in
-Redis, for any number of servers. The model is a parrot. With `UPSTREAM_URL`
-(https://api.openai.com/v1) and `UPSTREAM_KEY` a server of chat completions is asked instead.
+Redis, for any number of servers. The model is a parrot. With `UPSTREAM_URL` and `UPSTREAM_KEY`
+(https://api.openai.com/v1) a server of chat completions is asked instead.
 """
 
 import asyncio
 import json
 import os
-import re
 import time
-from bisect import bisect_right
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 import httpx2
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
+from starlette.background import BackgroundTask
 
 from main import HEADERS, EndStreams, Stream
-from recipes.common import keep_going, logger, openai_error, prepare, use_openai_errors
+from recipes import common
 from recipes.parrot import parrot, to_tokens
 
 KEEP = 3600  # seconds that an answer is kept after its end
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
 STALLED = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
 FINISH = 5.0  # seconds that a server which is asked to stop goes on with its answers
-BEAT, LIFE = 1.5, 3.5  # seconds between two signs of life, and that one lasts in Redis
-PATIENCE = 3  # seconds until a connection to Redis that does not answer is given up
-UPSTREAM = (os.environ.get("UPSTREAM_URL") or "").rstrip("/")
-KEY = os.environ.get("UPSTREAM_KEY") or ""
-if UPSTREAM and not re.match("https?://[^/]", UPSTREAM):
-    raise SystemExit("UPSTREAM_URL is not the address of a server: https://api.openai.com/v1")
+SSE = "text/event-stream"
+URL, KEY = common.upstream()
 
 
 # 1. The question, and the models ------------------------------------------------------------------
-
-
 class Part(BaseModel):
     type: Literal["input_text", "output_text"]
     text: str
-
-
-def to_messages(said: object) -> object:
-    return [{"role": "user", "content": said}] if said and isinstance(said, str) else said
 
 
 class Message(BaseModel):
@@ -69,6 +55,10 @@ class Message(BaseModel):
     def text(self) -> str:
         content = self.content
         return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def to_messages(said: object) -> object:
+    return [{"role": "user", "content": said}] if said and isinstance(said, str) else said
 
 
 class Question(BaseModel):
@@ -97,7 +87,7 @@ async def ask_parrot(question: Question) -> AsyncGenerator[tuple[str, str | None
 
 async def ask_upstream(question: Question) -> AsyncGenerator[tuple[str, str | None]]:
     """Yield what a server of chat completions says, and why it ends early, if it does."""
-    messages = [{"role": said.role, "content": said.text()} for said in question.input]
+    messages = [{"role": message.role, "content": message.text()} for message in question.input]
     if question.instructions:
         messages.insert(0, {"role": "system", "content": question.instructions})
     body = {"model": question.model, "messages": messages, "stream": True}
@@ -105,247 +95,183 @@ async def ask_upstream(question: Question) -> AsyncGenerator[tuple[str, str | No
         body["max_tokens"] = question.max_output_tokens
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {KEY}"} if KEY else {}
-    client = httpx2.AsyncClient(timeout=httpx2.Timeout(STALLED, connect=5), headers=headers)
-    url, reason = f"{UPSTREAM}/chat/completions", None
-    failure = "The upstream broke off in the middle of its answer."
+    client = httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(STALLED, connect=5))
+    url, reason = f"{URL}/chat/completions", None
     try:
         async with client, client.stream("POST", url, content=json.dumps(body)) as answer:
-            kind, status = answer.headers.get("Content-Type", ""), answer.status_code
-            if status == 401:  # what it says may repeat a part of the key
-                raise openai_error(502, "The upstream refuses the key of this server.")
-            if status != 200 or not kind.startswith("text/event-stream"):
+            if answer.status_code == 401:  # what it says may repeat a part of the key
+                raise common.openai_error(502, "The upstream refuses the key of this server.")
+            if answer.status_code != 200 or SSE not in answer.headers.get("Content-Type", ""):
                 said = await anext(answer.aiter_bytes(10_000), b"")
-                raise openai_error(502, f"The upstream failed ({status}).", said)
+                raise common.openai_error(502, f"The upstream answered {answer.status_code}.", said)
             async for event in httpx2.EventSource(answer):
-                if event.data == "[DONE]":
-                    reason = reason or "stop"
-                elif event.data:
-                    chunk = json.loads(event.data)
-                    if "choices" not in chunk:
-                        raise openai_error(502, "The upstream failed:", event.data.encode())
-                    for choice in chunk["choices"] or []:
-                        text = (choice.get("delta") or {}).get("content")
-                        if text and isinstance(text, str):
-                            yield text, None
-                        reason = choice.get("finish_reason") or reason
-    except httpx2.TimeoutException:
-        failure = "The upstream has stalled."
-    except httpx2.HTTPError:
-        failure = "The connection to the upstream failed or broke."
-    except (ValueError, TypeError, AttributeError):
-        failure = "The upstream's answer is not one of chat completions."
+                text, why = read_chunk(event.data)
+                reason = reason or why
+                yield text, None
+    except httpx2.HTTPError as error:
+        if not reason:
+            raise common.upstream_error(error) from None
     if not reason:
-        raise openai_error(502, failure)
+        raise common.openai_error(502, "The upstream broke off in the middle of its answer.")
     early = {"length": "max_output_tokens", "content_filter": "content_filter"}
     yield "", early.get(reason)
 
 
+def read_chunk(data: str) -> tuple[str, str | None]:
+    """Return the text in a chunk, and why the answer ends with it, if it does."""
+    if data in ("", "[DONE]"):
+        return "", "stop" if data else None
+    try:
+        choice = (json.loads(data)["choices"] or [{}])[0]
+        text = (choice.get("delta") or {}).get("content")
+        return text if isinstance(text, str) else "", choice.get("finish_reason")
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise common.openai_error(502, "The upstream failed:", data.encode()) from None
+
+
 # 2. An answer is a list of events -----------------------------------------------------------------
-
-ENDS = ("response.completed", "response.incomplete", "response.failed")
-DELETED = 2**64 - 2  # the number of an event after which Redis takes no other
-
-
-class Event(NamedTuple):
-    number: int
-    type: str
-    data: str  # JSON
-
-
 class Answer:
     """The events of an answer, as far as this server knows them."""
 
     def __init__(self, response_id: str) -> None:
-        self.id = response_id
-        self.key = f"answers:{response_id}"  # in Redis
-        self.events: list[Event] = []
-        self.newest = -1  # the highest number that is taken, perhaps by an event that is not here
-        self.over = False
-        self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.id, self.key = response_id, f"answers:{response_id}"
+        self.events: list[dict[str, Any]] = []
+        self.end: dict[str, Any] = {}  # its status at its end, and the reason
+        self.news = asyncio.Event()
         self.maker: asyncio.Task[None] | None = None  # on the server that makes it
-        self.missed = 0  # how often in a row its maker gave no sign of life
+        self.missed = 0  # signs of life, in a row
 
-    def event(self, kind: str, **fields: Any) -> Event:
+    async def stop(self) -> None:
+        if self.maker:
+            self.maker.cancel()
+
+    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Return what would be the next event."""
-        data = {"type": kind, "sequence_number": self.newest + 1, **fields}
-        return Event(self.newest + 1, kind, json.dumps(data, separators=(",", ":")))
-
-    def end(self, status: str, **fields: Any) -> Event:
-        """Return what would be the last event. The API has no type of its own for `cancelled`."""
-        kind = "incomplete" if status == "cancelled" else status
-        return self.event(f"response.{kind}", response=self.response(status, **fields))
-
-    def add(self, event: Event) -> None:
-        """Take in the next event, and wake the readers.
-
-        After a hole only the end of an answer that is not complete is taken in: what is missing
-        still comes, or never.
-        """
-        self.newest = max(self.newest, event.number)
-        last = self.events[-1].number if self.events else -1
-        fits = event.number == last + 1 or (event.number > last and event.type in ENDS[1:])
-        if not fits or self.over:
-            return
-        self.events.append(event)
-        loop, news = self.news.get_loop(), self.news
-        self.news = loop.create_future()
-        news.set_result(None)
-        self.over = event.type in ENDS
-        if self.over:
-            loop.call_later(15 if redis else KEEP, here.pop, self.id, None)
-            if self.maker:
-                self.maker.cancel()  # whoever has ended it, the model stops
-
-    def add_entries(self, entries: Any) -> None:
-        """Take in what Redis has."""
-        for entry, fields in entries:
-            number = int(entry.partition("-")[2]) - 1
-            if number == DELETED and self.events:
-                self.add(self.end("cancelled"))
-                self.newest = DELETED
-            elif "data" in fields:
-                self.add(Event(number, fields["type"], fields["data"]))
+        return {"type": f"response.{kind}", "sequence_number": len(self.events), **fields}
 
     def text(self) -> str:
-        deltas = (json.loads(e.data) for e in self.events if e.type == "response.output_text.delta")
-        return "".join(delta["delta"] for delta in deltas)
+        return "".join(event.get("delta", "") for event in self.events)
 
     def item(self, status: str, text: str = "") -> dict[str, Any]:
-        """Return the one item of its output: a message."""
+        """Return the one item of the output: a message."""
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-        status = status if status in ("in_progress", "completed") else "incomplete"
         message = {"id": self.id.replace("resp", "msg"), "type": "message", "role": "assistant"}
         return {**message, "status": status, "content": [part]}
 
-    def response(self, status: str = "in_progress", **fields: Any) -> dict[str, Any]:
-        """Return the response as it stands now, or as it would end."""
-        response: dict[str, Any] = json.loads(self.events[-1 if self.over else 0].data)["response"]
-        if self.over:
-            return response
-        output = [self.item(status, self.text())] if len(self.events) > 2 else []
-        return {**response, "status": status, "output": output, **fields}
+    def response(self) -> dict[str, Any]:
+        """Return the response as it stands now."""
+        status = self.end.get("status", "in_progress")
+        known = status if status in ("in_progress", "completed") else "incomplete"
+        output = [self.item(known, self.text())] if len(self.events) > 2 else []
+        return {**self.events[0]["response"], "output": output, **self.end}
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take in the next event, or the end, and wake the readers.
+
+        What comes after a hole has to wait. An end has a number only if its server knows it.
+        """
+        number = len(self.events)
+        if self.end or event.get("sequence_number", number or None) != number:
+            return
+        if "end" in event:
+            self.end = event["end"]
+            status = self.end["status"]  # the API has no event of its own for `cancelled`
+            kind = "incomplete" if status == "cancelled" else status
+            event = self.event(kind, response=self.response())
+            if self.maker:
+                self.maker.cancel()  # whoever has ended it, the model stops
+            wait = 0 if redis else KEEP
+            asyncio.get_running_loop().call_later(wait, here.pop, self.id, None)
+        self.events.append(event)
+        self.news.set()
+        self.news = asyncio.Event()
 
 
-# 3. Where the answers are -------------------------------------------------------------------------
+# In memory, all answers. With Redis, those that are being made, if this server makes or reads them.
+here: dict[str, Answer] = {}
+
+
+# 3. Redis -----------------------------------------------------------------------------------------
 #
-# In Redis an answer is a stream, and the id of an event is its number. Redis refuses an id that is
-# not higher than all before it (https://redis.io/docs/latest/commands/xadd/). So any server ends
-# an answer by putting its last event; the server that makes it is refused then, and stops. It takes
-# neither a lock nor a script.
+# An answer is a stream. The id of an event is its number: the first is 0-1. The id of the end is
+# 1-0, so that any server can put it without knowing how many events there are. Redis refuses an id
+# that is not higher than all before it (https://redis.io/docs/latest/commands/xadd/). So there is
+# one end, and nothing after it: the server that makes the answer is refused, and stops its model.
+END = "1-0"
+CONNECTIONS = 3  # and one that waits for events
+PATIENCE = 2.0  # seconds that Redis has for an answer
+BEAT, LIFE = 1.5, 4000  # seconds between two signs of life; milliseconds that one lasts
+turns = asyncio.Semaphore(CONNECTIONS)
+redis: Any = None
+if url := os.environ.get("REDIS_URL"):
+    redis, listener = (common.connect_to_redis(url, n, retries=1) for n in (CONNECTIONS, 1))
 
 
-def connect(url: str) -> Any:
+async def put(answer: Answer, event: dict[str, Any]) -> None:
+    """Put the next event, or the end. If this raises, it may be there or not: put it again."""
+    if answer.end or not redis:
+        answer.take(event)
+        return
+    is_end, number = "end" in event, event.get("sequence_number", len(answer.events))
+    entry, fields = END if is_end else f"0-{number + 1}", {"event": json.dumps(event)}
     try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=2,  # one waits for events, one does all else
-            timeout=None,
-            socket_timeout=PATIENCE,
-            retry=Retry(NoBackoff(), 0),  # whoever asks knows whether to ask again
-            protocol=2,  # with 3 a connection that broke is not noticed before its use
-            decode_responses=True,
-            encoding_errors="replace",
-        )
-        pool.make_connection()  # type: ignore[no-untyped-call]
-    except Exception:  # what it says may contain a part of the password
-        example = "redis://[user:password@]host[:port][/database]"
-        raise SystemExit(f"REDIS_URL is not the address of a Redis server: {example}") from None
-    return Redis.from_pool(pool)
+        async with asyncio.timeout(PATIENCE), turns, redis.pipeline(transaction=False) as pipeline:
+            pipeline.xadd(answer.key, fields, entry, nomkstream=number > 0)
+            if is_end or number % 20 == 0:
+                pipeline.xlen(answer.key)
+                pipeline.expire(answer.key, KEEP)
+            added, *length = await pipeline.execute()
+    except ResponseError as error:
+        if "equal or smaller" not in str(error):
+            raise
+        await load(answer)  # it is over; or this is there, from a try whose result was lost
+        return
+    if not added or (length and length[0] <= number):
+        await restore(answer, fields)
+        await put(answer, event)
+    elif is_end:
+        await load(answer)  # which knows its number
+    else:
+        answer.take(event)
 
 
-redis_url = os.environ.get("REDIS_URL")
-redis: Any = connect(redis_url) if redis_url else None
-here: dict[str, Answer] = {}  # with Redis: what is made here, and copies of what is read here
-asked: asyncio.Queue[tuple[tuple[Any, ...], asyncio.Future[Any]]] = asyncio.Queue()
-
-
-class Refused(Exception):
-    """Somebody else was quicker to put this event, or the answer is over."""
-
-
-async def ask(*command: Any) -> Any:
-    """Send a command to Redis. Raises RedisError."""
-    result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    asked.put_nowait((command, result))
-    try:
-        async with asyncio.timeout(PATIENCE):
-            return await result
-    except TimeoutError:
-        raise RedisError("Redis did not answer in time.") from None
-
-
-async def send() -> None:
-    """Send all commands that wait, in one round trip."""
-    batch = [await asked.get()]
-    while not asked.empty():
-        batch.append(asked.get_nowait())
-    batch = [(command, future) for command, future in batch if not future.done()]
-    pipeline = redis.pipeline(transaction=False)
-    for command, _ in batch:
-        pipeline.execute_command(*command)
-    try:
-        results = await pipeline.execute(raise_on_error=False)
-    except Exception as error:
-        results = [RedisError(str(error))] * len(batch)
-    for (_, future), result in zip(batch, results, strict=True):
-        if isinstance(result, Exception) and not future.done():
-            future.set_exception(result)
-        elif not future.done():
-            future.set_result(result)
-    if any(isinstance(result, ReadOnlyError) for result in results):
-        await redis.connection_pool.disconnect()  # another one may be behind the same address now
-
-
-async def put(answer: Answer, event: Event) -> None:
-    """Put the next event. Raises `Refused`, and RedisError."""
-    if answer.over:
-        raise Refused
+async def load(*answers: Answer) -> None:
+    """Take in what Redis has and this server has not."""
     if redis:
-        entry, new = f"0-{event.number + 1}", [] if event.number == 0 else ["NOMKSTREAM"]
-        fields = ("type", event.type, "data", event.data)
-        try:
-            if not await ask("XADD", answer.key, *new, entry, *fields) and answer.maker:
-                raise RedisError("Redis has lost the answer.")  # until it is restored
-        except ResponseError as error:
-            if "equal or smaller" not in str(error):
-                raise
-            # Perhaps it is there from a try before, whose result did not get here.
-            there = await ask("XRANGE", answer.key, entry, entry)
-            if not there or there[0][1].get("data") != event.data:
-                raise Refused from None
-    answer.add(event)
+        async with asyncio.timeout(PATIENCE), turns, redis.pipeline(transaction=False) as pipeline:
+            for answer in answers:
+                pipeline.xrange(answer.key, f"(0-{len(answer.events)}")
+            for answer, entries in zip(answers, await pipeline.execute(), strict=True):
+                for _, fields in entries:
+                    if "event" in fields:
+                        answer.take(json.loads(fields["event"]))
 
 
-async def look(response_id: str) -> Answer | None:
-    """Return an answer as it stands now."""
-    answer = here.get(response_id)
-    if redis:
-        answer = answer or Answer(response_id)
-        answer.add_entries(await ask("XRANGE", answer.key, f"(0-{len(answer.events)}", "0"))
-        known = answer.events and answer.newest != DELETED
-        answer = here.setdefault(response_id, answer) if known else None
-    return answer
+async def restore(answer: Answer, newest: dict[str, str]) -> None:
+    """Put all events but the newest again: Redis came back without some, as after a failover."""
 
+    async def put_all(pipeline: Any) -> None:
+        ends = await pipeline.xrange(answer.key, END)
+        pipeline.multi()
+        if all(fields == newest for _, fields in ends):  # nobody else has ended it
+            pipeline.delete(answer.key)
+            for number, event in enumerate(answer.events, 1):
+                pipeline.xadd(answer.key, {"event": json.dumps(event)}, f"0-{number}")
+            pipeline.expire(answer.key, KEEP)
 
-async def finish(answer: Answer, **end: Any) -> None:
-    """Put the last event, if there is none yet. Any server can end any answer."""
-    while not answer.over:
-        try:
-            await put(answer, answer.end(**end))
-        except Refused:
-            await look(answer.id)
+    async with asyncio.timeout(PATIENCE), turns:
+        await redis.transaction(put_all, answer.key)
 
 
 async def follow() -> None:
-    """Read what is made elsewhere and read here, as long as one connection holds."""
-    async with redis.client() as connection:
-        while True:
-            known = {a.key: f"0-{len(a.events)}" for a in here.values() if not (a.over or a.maker)}
-            known["answers:none"] = "0"  # which never comes: there must be one to wait for
-            for key, entries in await connection.xread(known, block=100):
-                if answer := here.get(key.removeprefix("answers:")):
-                    answer.add_entries(entries)
-            await asyncio.sleep(0.01)  # many come at once then, for less CPU
+    """Wait for what other servers put: events, and the ends of what is made here."""
+    streams = {a.key: f"0-{2**64 - 1 if a.maker else len(a.events)}" for a in here.values()}
+    streams["answers:none"] = "0"  # which never comes; there must be one to wait for
+    async with asyncio.timeout(PATIENCE):
+        await listener.persist("answers:none")  # a write, so that a replica says what it is
+        news = await listener.xread(streams, count=1, block=100)
+    await load(*[answer for key, _ in news if (answer := here.get(key.removeprefix("answers:")))])
+    await asyncio.sleep(0.01)  # many come at once then, for less CPU
 
 
 async def beat() -> None:
@@ -355,127 +281,104 @@ async def beat() -> None:
 
 async def attend(answer: Answer) -> None:
     """Give a sign of life of an answer that is made here; look for that of one made elsewhere."""
-    alive, known = f"{answer.key}:alive", len(answer.events)
     missed, answer.missed = answer.missed, 0  # if Redis fails, nobody can give one
-    if answer.maker:
-        life = ask("SET", alive, 1, "PX", int(LIFE * 1000))
-        await asyncio.gather(life, ask("EXPIRE", answer.key, KEEP))
-        there = await ask("XLEN", answer.key)
-        if there < known:
-            await restore(answer)
-        elif there > known:
-            await look(answer.id)
-    elif not answer.over and not await ask("GET", alive):
-        answer.missed = missed + 1
-        if answer.missed == 3:
-            await finish(answer, **failed("The server that made it is gone."))
-
-
-async def restore(answer: Answer) -> None:
-    """Put all events again: Redis has come back without some of them, as after a failover."""
-
-    async def put_all(pipeline: Any) -> None:
-        there, mine = await pipeline.xrange(answer.key), {event.data for event in answer.events}
-        pipeline.multi()
-        if all(fields.get("data") in mine for _, fields in there):  # nobody else has ended it
-            pipeline.delete(answer.key)
-            for number, kind, data in answer.events:
-                pipeline.xadd(answer.key, {"type": kind, "data": data}, id=f"0-{number + 1}")
-            pipeline.expire(answer.key, KEEP)
-
-    await redis.transaction(put_all, answer.key)
+    how = {"px": LIFE} if answer.maker else {"xx": True, "keepttl": True}
+    async with asyncio.timeout(PATIENCE), turns:
+        if not await redis.set(f"alive:{answer.id}", 1, **how):
+            answer.missed = missed + 1
+    if answer.missed == 3:
+        end = failed("The server that made it is gone.")
+        await put(answer, end)
+        answer.take(end)  # also if Redis has an end of it, but not all before that
 
 
 # 4. How an answer is made -------------------------------------------------------------------------
-
-
 def failed(message: object) -> dict[str, Any]:
-    return {"status": "failed", "error": {"code": "server_error", "message": str(message)}}
+    error = {"code": "server_error", "message": str(message)}
+    return {"end": {"status": "failed", "error": error}}
 
 
 async def make(answer: Answer, question: Question) -> None:
     """Put all other events, the last one whatever happens."""
     place = {"item_id": answer.item("")["id"], "output_index": 0, "content_index": 0}
 
-    async def say(kind: str, **fields: Any) -> None:
-        event = answer.event(f"response.{kind}", **fields)
-        await insist(lambda: put(answer, event))
+    async def insist(event: dict[str, Any]) -> None:
+        while not answer.end:
+            try:
+                await put(answer, event)
+                break
+            except (RedisError, TimeoutError):  # while Redis is away, the model waits
+                await asyncio.sleep(0.5)
 
-    end: dict[str, Any] = {"status": "completed"}
+    async def say(kind: str, **fields: Any) -> None:
+        await insist(answer.event(kind, **fields))
+
+    status, details = "completed", None
     try:
         await say("in_progress", response=answer.response())
         item = answer.item("in_progress")
         await say("output_item.added", output_index=0, item={**item, "content": []})
         await say("content_part.added", **place, part=item["content"][0])
-        async with aclosing((ask_upstream if UPSTREAM else ask_parrot)(question)) as texts:
+        async with aclosing((ask_upstream if URL else ask_parrot)(question)) as texts:
             async for text, early in texts:
                 if text:
                     await say("output_text.delta", **place, delta=text, logprobs=[])
                 if early:
-                    end = {"status": "incomplete", "incomplete_details": {"reason": early}}
-        item = answer.item(end["status"], answer.text())
-        (part,) = item["content"]
-        await say("output_text.done", **place, text=part["text"], logprobs=[])
-        await say("content_part.done", **place, part=part)
+                    status, details = "incomplete", {"reason": early}
+        item = answer.item(status, answer.text())
+        await say("output_text.done", **place, text=answer.text(), logprobs=[])
+        await say("content_part.done", **place, part=item["content"][0])
         await say("output_item.done", output_index=0, item=item)
-    except Refused:
-        end = failed("The answer was ended elsewhere.")  # which is the end that it has already
+        end = {"status": status, "incomplete_details": details}
+        last = {"sequence_number": len(answer.events), "end": end}
     except asyncio.CancelledError as why:
-        end = failed(why) if why.args else {"status": "cancelled"}
+        last = failed(why) if why.args else {"end": {"status": "cancelled"}}
     except HTTPException as why:  # the upstream's failure, in its words
         said: Any = why.detail
         said = said["error"]
-        end = failed(said.get("message") or said if isinstance(said, dict) else said)
+        last = failed(said.get("message") or said if isinstance(said, dict) else said)
     except Exception:
-        logger.exception("The model failed.")
-        end = failed("The model failed.")
-    await insist(lambda: finish(answer, **end))
-
-
-async def insist(do: Callable[[], Awaitable[None]]) -> None:
-    """Do it again until Redis takes it. Meanwhile the model waits."""
-    while True:
-        try:
-            return await do()
-        except RedisError:
-            await asyncio.sleep(0.5)
+        common.logger.exception("The model failed.")
+        last = failed("The model failed.")
+    await insist(last)
 
 
 # 5. How it is read --------------------------------------------------------------------------------
+async def read(answer: Answer, after: int = -1) -> AsyncGenerator[str]:
+    """Yield the events after one, as they come."""
+    sent = after + 1
+    while True:
+        if events := answer.events[sent : sent + 100]:
+            sent += len(events)
+            yield "".join(map(to_sse, events))
+        elif answer.end:
+            return
+        else:
+            try:
+                async with asyncio.timeout(SILENCE):
+                    await answer.news.wait()
+            except TimeoutError:
+                yield ": keep-alive\n\n"
 
 
-async def read(
-    answer: Answer, after: int = -1, *, whole: bool = False, alone: bool = False
-) -> AsyncGenerator[str]:
-    """Yield the events after one as they come, or the whole response at its end.
+def to_sse(event: dict[str, Any]) -> str:
+    number, data = event["sequence_number"], json.dumps(event, separators=(",", ":"))
+    return f"event: {event['type']}\nid: {number}\ndata: {data}\n\n"
 
-    Alone: when this is closed, nobody reads any more, and the model stops. The first piece is
-    empty: once that is taken, the `finally` here is sure to run.
-    """
-    try:
-        yield ""
-        while True:
-            news, start = answer.news, bisect_right(answer.events, after, key=lambda e: e.number)
-            if events := answer.events[start : start + 100]:
-                after = events[-1].number
-                frames = [f"event: {e.type}\nid: {e.number}\ndata: {e.data}\n\n" for e in events]
-                yield "" if whole else "".join(frames)
-            elif answer.over:
-                break
-            elif not (await asyncio.wait([news], timeout=SILENCE))[0]:
-                yield "\n" if whole else ": keep-alive\n\n"  # JSON may begin with line breaks
-        if whole:
-            yield json.dumps(answer.response())
-    finally:
-        if alone and answer.maker:
-            answer.maker.cancel()
+
+async def wait_for(answer: Answer) -> AsyncGenerator[str]:
+    """Yield the response at its end. JSON may begin with line breaks: here, one in each silence."""
+    async with aclosing(read(answer)) as frames:
+        async for frame in frames:
+            yield "\n" if frame.startswith(":") else ""
+    yield json.dumps(answer.response())
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """With Redis: run what runs in the background; at the end, end what is made here."""
-    work = {"asking Redis": send, "reading answers": follow, "a sign of life": beat}
-    tasks = [asyncio.create_task(keep_going(what, work[what], 0.5)) for what in work if redis]
+    work = {"reading answers": follow, "a sign of life": beat} if redis else {}
+    tasks = [asyncio.create_task(common.keep_going(what, work[what], 0.5)) for what in work]
     yield
     if redis and (makers := {answer.maker for answer in here.values() if answer.maker}):
         await asyncio.wait(makers, timeout=FINISH)
@@ -486,83 +389,79 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         task.cancel()
 
 
-app = FastAPI(title="Answers", lifespan=lifespan)
-prepare(app, page="answers.html")
-use_openai_errors(app)
+app = FastAPI(title="Answers", lifespan=lifespan, default_response_class=common.ASCIIResponse)
+common.prepare(app, page="answers.html")
+common.use_openai_errors(app)
 app.add_middleware(EndStreams)
-SSE = "text/event-stream"
 
 
-def to_json(value: object, status: int = 200, headers: Any = None) -> Response:
-    # In ASCII: a text can hold half of a surrogate pair, and UTF-8 cannot.
-    return Response(json.dumps(value), status, headers, "application/json")
-
-
+@app.exception_handler(TimeoutError)
 @app.exception_handler(RedisError)
-async def tell_away(_: Request, __: RedisError) -> Response:
-    error = openai_error(503, "The answers cannot be read or written now. Try again.")
-    return to_json(error.detail, 503, error.headers)
+async def tell_away(_: Request, __: Exception) -> Response:
+    error = common.openai_error(503, "The answers cannot be read or written now. Try again.")
+    return common.ASCIIResponse(error.detail, 503, error.headers)
 
 
 async def find(response_id: str) -> Answer:
-    if re.fullmatch("resp_[0-9a-f]{32}", response_id) and (answer := await look(response_id)):
-        return answer
-    raise openai_error(404, f"Response with id '{response_id}' not found.")
+    answer = here.get(response_id) or Answer(response_id)
+    await load(answer)
+    if not answer.events:
+        raise common.openai_error(404, f"Response with id '{response_id}' not found.")
+    return answer if answer.end else here.setdefault(response_id, answer)
 
 
 Found = Annotated[Answer, Depends(find)]
 
 
-@app.post("/v1/responses", response_class=Response)
-async def create(question: Question) -> Response:
-    if not UPSTREAM and question.model != "parrot":
+@app.post("/v1/responses")
+async def create(question: Question) -> Any:
+    if not URL and question.model != "parrot":
         message = f"The model `{question.model}` does not exist; `parrot` does."
-        raise openai_error(404, message, param="model", code="model_not_found")
+        raise common.openai_error(404, message, param="model", code="model_not_found")
     answer = Answer(f"resp_{uuid4().hex}")
     response = {"id": answer.id, "object": "response", "created_at": int(time.time())}
     response |= question.model_dump(include={"model", "instructions", "max_output_tokens"})
     response |= {"background": bool(question.background), "metadata": question.metadata or {}}
     response |= {"status": "in_progress", "output": [], "error": None, "incomplete_details": None}
     response |= {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
-    first = put(answer, answer.event("response.created", response=response))
-    # Together: if this server dies now, or is told nothing, Redis still forgets the event.
-    await asyncio.gather(first, *([ask("EXPIRE", answer.key, KEEP)] if redis else []))
+    await put(answer, answer.event("created", response=response))
     here[answer.id] = answer
     answer.maker = asyncio.create_task(make(answer, question))
     if question.background and not question.stream:
-        return to_json(answer.response())
-    frames = read(answer, whole=not question.stream, alone=not question.background)
-    await anext(frames)
-    return Stream(frames, media_type=SSE if question.stream else "application/json")
+        return answer.response()
+    # This is called when the stream has ended, or its reader has left.
+    stop = None if question.background else BackgroundTask(answer.stop)
+    if question.stream:
+        return Stream(read(answer), media_type=SSE, background=stop)
+    return Stream(wait_for(answer), media_type="application/json", background=stop)
 
 
-@app.get("/v1/responses/{response_id}", response_class=Response)
+@app.get("/v1/responses/{response_id}")
 async def retrieve(
     answer: Found,
     stream: bool = False,
     starting_after: Annotated[int, Query(ge=0)] = -1,
     last_event_id: Annotated[str | None, Header(pattern="^[0-9]{0,18}$")] = None,
-) -> Response:
+) -> Any:
     if not stream:
-        return to_json(answer.response())
+        return answer.response()
     after = int(last_event_id or starting_after)
-    if answer.over and after >= answer.events[-1].number:
+    if answer.end and after >= len(answer.events) - 1:
         return Response(status_code=204, headers=HEADERS)
     return Stream(read(answer, after), media_type=SSE)
 
 
-@app.post("/v1/responses/{response_id}/cancel", response_class=Response)
-async def cancel(answer: Found) -> Response:
-    await finish(answer, status="cancelled")
-    return to_json(answer.response())
+@app.post("/v1/responses/{response_id}/cancel")
+async def cancel(answer: Found) -> Any:
+    await put(answer, {"end": {"status": "cancelled"}})
+    return answer.response()
 
 
-@app.delete("/v1/responses/{response_id}", response_class=Response)
-async def delete(answer: Found) -> Response:
-    if redis:  # one last entry keeps the maker from putting the others there again
-        entry = f"0-{DELETED + 1}"
-        await ask("XADD", answer.key, "NOMKSTREAM", entry, "deleted", "1")
-        await asyncio.gather(ask("XTRIM", answer.key, "MAXLEN", 1), ask("EXPIRE", answer.key, KEEP))
-    answer.add(answer.end("cancelled"))
+@app.delete("/v1/responses/{response_id}")
+async def delete(answer: Found) -> Any:
+    await put(answer, {"end": {"status": "cancelled"}})
+    if redis:  # its end stays, and keeps the server that makes it from putting anything again
+        async with asyncio.timeout(PATIENCE), turns:
+            await redis.xtrim(answer.key, maxlen=1, approximate=False)
     here.pop(answer.id, None)
-    return to_json({"id": answer.id, "object": "response", "deleted": True})
+    return {"id": answer.id, "object": "response", "deleted": True}

@@ -15,11 +15,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -95,12 +96,17 @@ async def invalid_input(_: Request, error: RequestValidationError) -> Response:
     """
     errors = error.errors()
     try:
-        detail = json.dumps(jsonable_encoder(errors))
-        detail = json.dumps({"detail": json.loads(detail, parse_constant=str)})
+        detail = json.loads(json.dumps(jsonable_encoder(errors)), parse_constant=str)
     except (ValueError, RecursionError):  # the input is not UTF-8, or nested too deeply
-        told = [{name: each[name] for name in ("type", "loc", "msg")} for each in errors]
-        detail = json.dumps({"detail": told})
-    return Response(detail, 422, media_type="application/json")
+        detail = [{name: each[name] for name in ("type", "loc", "msg")} for each in errors]
+    return ASCIIResponse({"detail": detail}, 422)
+
+
+class ASCIIResponse(JSONResponse):
+    """JSON in ASCII, because a text can contain half of a surrogate pair, and UTF-8 cannot."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content).encode()
 
 
 async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: float = 1.0) -> None:
@@ -141,7 +147,7 @@ def use_openai_errors(app: FastAPI) -> None:
     async def tell(_: Request, error: StarletteHTTPException) -> Response:
         detail: Any = error.detail  # FastAPI's own, such as a 404's, is a text
         told = openai_error(error.status_code, detail).detail if isinstance(detail, str) else detail
-        return Response(json.dumps(told), error.status_code, error.headers, "application/json")
+        return ASCIIResponse(told, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def tell_bad_input(request: Request, error: RequestValidationError) -> Response:
@@ -189,3 +195,65 @@ def is_readable(url: str) -> bool:
     return "@" not in f"{parts.get('host')}{parts.get('dbname')}" and bool(
         re.fullmatch(r"[\d,]*", str(parts.get("port", "")))
     )
+
+
+def upstream() -> tuple[str, str]:
+    """Return UPSTREAM_URL and UPSTREAM_KEY, each "" if it is not set."""
+    url, key = (os.environ.get(name, "").strip() for name in ("UPSTREAM_URL", "UPSTREAM_KEY"))
+    address = r"https?://([^\s/?#]+@)?(\[\S+\]|[^\s/?#:]+)(:[1-6]?\d{1,4})?(/[^\s?#]*)?"
+    if url and not re.fullmatch(address, url):
+        raise SystemExit("UPSTREAM_URL must be an address such as https://api.openai.com/v1.")
+    if not re.fullmatch("[!-~]*", key):
+        raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
+    return url.rstrip("/"), key
+
+
+def upstream_error(error: Exception) -> HTTPException:
+    """Return what to tell a reader of an error of httpx2."""
+    import httpx2
+
+    logger.warning("upstream: %s: %.200s", type(error).__name__, error)
+    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+        return openai_error(503, "The upstream cannot be reached.")
+    if isinstance(error, httpx2.ReadTimeout):
+        return openai_error(504, "The upstream has stalled.")
+    return openai_error(502, "The connection to the upstream broke.")
+
+
+def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
+    """Return a client for an address of redis-py, or redis+sentinel://:PASSWORD@HOST:PORT/NAME.
+
+    It waits for ever: put a time limit around each command. A command that is tried again after an
+    error may run twice. A connection is closed if its server says that it has become a replica:
+    after a failover, another server may be behind the same address.
+    """
+    from redis.asyncio import Redis, Sentinel
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import ReadOnlyError
+
+    options: dict[str, Any] = {"max_connections": connections, "decode_responses": True}
+    options |= {"retry": Retry(NoBackoff(), retries), "retry_on_error": [ReadOnlyError]}
+    # For a limit of its own redis-py uses asyncio.wait_for. In Python 3.11 that may overlook that
+    # its task is cancelled: https://github.com/python/cpython/issues/86296.
+    options |= {"socket_timeout": None, "socket_connect_timeout": None}
+    # Protocol 3 notices a broken connection only when it is used.
+    options |= {"protocol": 2, "encoding_errors": "replace"}
+    try:
+        address = urlsplit(url)
+        if not address.scheme.endswith("+sentinel"):
+            client = Redis.from_url(url, **options)
+            # This finds options that do not exist.
+            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            return client
+        login, _, hosts = address.netloc.rpartition("@")
+        options["username"], _, options["password"] = map(unquote, login.partition(":"))
+        options["ssl"] = address.scheme.startswith("rediss")
+        pairs = [
+            (host, int(port)) for host, _, port in (h.rpartition(":") for h in hosts.split(","))
+        ]
+    except (ValueError, TypeError):  # their message may contain a part of the password
+        raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
+    quick = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": None}  # one may hang
+    sentinel = Sentinel(pairs, sentinel_kwargs=quick)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(address.path.strip("/"), **options)

@@ -8,7 +8,6 @@ Without `UPSTREAM_URL` it relays `tokens`. Everybody who can reach it uses your 
 
 import asyncio
 import json
-import os
 import re
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing, suppress
@@ -19,28 +18,23 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.types import Send
 
 from main import EndStreams, Stream
-from recipes.common import logger, openai_error, prepare, use_openai_errors
+from recipes.common import (
+    openai_error,
+    prepare,
+    upstream,
+    upstream_error,
+    use_openai_errors,
+)
 from recipes.parrot import serve_parrot
 
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
 STALLED_AFTER = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
 MAX_PART = 16 * 1024 * 1024  # bytes of an event, or of an answer that is not a stream
-URL, KEY = (os.environ.get(name, "").strip() for name in ("UPSTREAM_URL", "UPSTREAM_KEY"))
-ADDRESS = r"https?://([^\s/?#]+@)?(\[\S+\]|[^\s/?#:]+)(:[1-6]?\d{1,4})?(/[^\s?#]*)?"
-if URL and not re.fullmatch(ADDRESS, URL):
-    raise SystemExit("UPSTREAM_URL must be an address such as https://api.openai.com/v1.")
-if not re.fullmatch("[!-~]*", KEY):
-    raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
-URL = URL.rstrip("/") or serve_parrot()
+URL, KEY = upstream()
+URL = URL or serve_parrot()
 # A new connection each time: an upstream may just have closed one that was kept (RFC 9112, 9.5).
 client = httpx2.AsyncClient(limits=httpx2.Limits(max_keepalive_connections=0))
 client.timeout = httpx2.Timeout(STALLED_AFTER, connect=4)
-FAILURES: dict[type[Exception], tuple[int, str]] = {
-    httpx2.ConnectError: (503, "The upstream cannot be reached."),
-    httpx2.ConnectTimeout: (503, "The upstream cannot be reached."),
-    httpx2.ReadTimeout: (504, "The upstream has stalled."),
-    httpx2.HTTPError: (502, "The connection to the upstream broke."),  # and all others
-}
 PASSED_ON = re.compile(  # headers, but no cookies or keys, and none that belong to one connection
     rb"accept|content-(type|encoding)|user-agent|http-referer|retry-after.*|idempotency-key|.*request-id"
     rb"|.*ratelimit-.*|trace(parent|state)|(x|openai)-(?!accel|forwarded|.*(key|token|auth)).*"
@@ -83,8 +77,7 @@ class Answer(Stream):
                 await self.pass_on(parts)
         except (HTTPException, httpx2.HTTPError) as error:
             if not isinstance(error, HTTPException):
-                logger.warning("upstream: %s: %.200s", type(error).__name__, error)
-                error = openai_error(*FAILURES.get(type(error), FAILURES[httpx2.HTTPError]))
+                error = upstream_error(error)
             if not self.begun:
                 raise error from None
             await self.say(error)

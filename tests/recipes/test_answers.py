@@ -323,18 +323,21 @@ def test_what_is_not_in_the_background_is_finished_by_a_server_that_stops(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "should"),
     [
-        ("REDIS_URL", "localhost:secret"),
-        ("REDIS_URL", "redis://:secret/word@host"),
-        ("UPSTREAM_URL", "secret"),
+        ("REDIS_URL", "localhost:secret", "should be like redis://"),
+        ("REDIS_URL", "redis://:secret/word@host", "should be like redis://"),
+        ("REDIS_URL", "redis://:secret@host?no=option", "should be like redis://"),
+        ("UPSTREAM_URL", "secret", "must be an address such as https://"),
     ],
 )
-def test_a_wrong_setting_is_told_at_the_start(tmp_path: Path, name: str, value: str) -> None:
+def test_a_wrong_setting_is_told_at_the_start(
+    tmp_path: Path, name: str, value: str, should: str
+) -> None:
     with Ask(tmp_path) as ask, pytest.raises(pytest.fail.Exception) as told:
         ask.serve(environment={name: value})
     said = str(told.value)
-    assert f"{name} is not the address of a" in said
+    assert f"{name} {should}" in said
     assert "secret" not in said
     assert "Traceback" not in said
 

@@ -58,7 +58,7 @@ class Ask(ExitStack):
         if redis:
             settings["REDIS_URL"] = f"redis://127.0.0.1:{redis}"
         if upstream:
-            settings |= {"UPSTREAM_URL": f"{upstream}/v1", "UPSTREAM_KEY": "the key"}
+            settings |= {"UPSTREAM_URL": f"{upstream}/v1", "UPSTREAM_KEY": "the-key"}
         log = self.folder / f"answers-{port}.log"
         server = Process(command, log, port, env=settings)
         self.callback(server.kill)

@@ -50,7 +50,7 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
     "HTML": (502, "text/html", "<h1>Enough.</h1>"),
     "empty": (500, "text/plain", ""),
     "moved": (302, "text/plain", "Enough."),
-    "401": (401, JSON, '{"error": {"message": "Incorrect API key provided: the key"}}'),
+    "401": (401, JSON, '{"error": {"message": "Incorrect API key provided: the-key"}}'),
 }
 
 

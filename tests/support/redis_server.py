@@ -67,6 +67,7 @@ class BadLine:
         self.port = free_port()
         self.dead = False  # nobody answers here
         self.cut_answer_to = b""  # the next command with this in it gets there, its answer not back
+        self.no_more = False  # and then nobody answers here
         self.open: set[asyncio.StreamWriter] = set()  # to the callers
         self.silent: set[asyncio.StreamWriter] = set()
         self.loop = asyncio.new_event_loop()
@@ -119,6 +120,7 @@ class BadLine:
                     if to is commands and self.cut_answer_to and self.cut_answer_to in data:
                         self.cut_answer_to, cut = b"", True
                     elif to is writer and cut:
+                        self.dead = self.dead or self.no_more
                         return
                     to.write(data)
                     await to.drain()
