@@ -11,7 +11,8 @@ Without `LOG` it follows `tail.log`, next to this file, and writes a line a seco
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from io import FileIO
@@ -21,16 +22,19 @@ from typing import Annotated
 from zlib import crc32
 
 from fastapi import FastAPI, Header, Query, Response
+from starlette.concurrency import run_in_threadpool
 
 from main import EndStreams, Stream
-from recipes.common import keep_going, logger, prepare
+from recipes.common import in_one_line, keep_going, logger, prepare
 
 LOG = Path(os.environ.get("LOG") or Path(__file__).with_name("tail.log")).absolute()
 LOOK = 0.1  # seconds between two looks at the file
 KEEP_ALIVE = 10.0  # seconds of silence
-MAX_LINE = 1024 * 1024  # bytes; a longer line is sent in pieces
 BLOCK = 64 * 1024  # bytes that are read at once
+MAX_LINE = 1024 * 1024  # bytes; a longer line is sent in pieces
 CHECKED = 256  # bytes before an offset that tell whether the file is still the same
+START = "0-00000000"  # the id before the first line
+ROTATED = f"event: rotated\nid: {START}\ndata: The log was truncated or replaced.\n\n".encode()
 
 # 1. The file, and one look at it for all readers --------------------------------------------------
 
@@ -74,7 +78,7 @@ class Watch:
             return self.file
         except Exception as error:  # whatever it is, the next look may succeed
             if str(error) != self.problem:
-                logger.warning("Waiting for LOG: %s: %s", type(error).__name__, error)
+                logger.warning("Waiting for LOG: %s", in_one_line(error))
             self.problem = str(error)
             return None
 
@@ -95,108 +99,94 @@ watch = Watch()
 
 
 def id_at(offset: int, before: bytes) -> str:
-    """Return the id of a line that ends at `offset`; `before` ends with the bytes before it."""
-    return f"{offset}-{crc32(before[-CHECKED:]):08x}"
+    """Return the id of a line that ends at `offset`; `before` is the 256 bytes before it."""
+    return f"{offset}-{crc32(before):08x}"
 
 
 def to_sse(line: bytes, event_id: str) -> bytes:
-    text = line.lstrip(b"\0").removesuffix(b"\r").decode(errors="backslashreplace")
+    line = line.lstrip(b"\0").removesuffix(b"\n").removesuffix(b"\r")
+    text = line.decode(errors="backslashreplace")
     text = text.replace("\r", r"\x0d")  # a CR alone also ends a line of an event stream
     return f"id: {event_id}\ndata: {text}\n\n".encode()
 
 
-def find_last_lines(file: LogFile, count: int, end: int) -> Generator[bytes, None, int]:
-    """Return the offset at which the last `count` complete lines before `end` begin."""
+def find_last_lines(file: LogFile, count: int) -> str:
+    """Return the id before the last `count` complete lines."""
+    end = file.size()
     while end > 0:
         start = max(end - BLOCK, 0)
         block = file.read_at(start, end)
-        if len(block) < end - start or not block.strip(b"\0"):
-            break  # it has been truncated, or this is a hole
+        if not block.strip(b"\0"):  # a hole, or the file has just been truncated
+            break
         before, *ends = block.rsplit(b"\n", count + 1)
         if len(ends) > count:
-            return start + len(before) + 1
+            end = start + len(before) + 1
+            break
         count -= len(ends)
         end = start
-        yield b""
-    return end
+    return id_at(end, file.read_at(end - CHECKED, end))
 
 
-def read_log(lines: int, last_id: str) -> Generator[bytes | None]:
-    """Yield the last lines, or those after the id, then new ones, as events; None: no more yet."""
-    file = watch.open()
-    offset = file.size() if file else 0
-    while not (file := file or watch.open()):
-        yield None
-    if last_id:
-        offset = int(last_id.partition("-")[0])
-    else:
-        offset = yield from find_last_lines(file, lines, offset)
-    while True:
-        file = yield from read_file(file, offset, last_id)
-        yield b"event: rotated\nid: 0-00000000\ndata: The log was truncated or replaced.\n\n"
-        offset, last_id = 0, ""
+def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
+    """Return the events after an id, with the file and the id to go on from."""
+    # Looked at before reading. While a new file is empty, the writer may still write to this one.
+    replaced = file.next and (file.next.size() > 0 or file.next.next)
+    offset = int(last_id.partition("-")[0])
+    start = max(offset - CHECKED, 0)
+    data = file.read_at(start, offset + BLOCK)
+    if len(data) >= BLOCK and data.find(b"\n", offset - start) < 0:  # a long line
+        data = file.read_at(start, offset + MAX_LINE + 1)
+    before, new = data[: offset - start], data[offset - start :]
+    if len(before) < offset - start or id_at(offset, before) != last_id:
+        return file, START, ROTATED  # it was truncated, even if it has grown again since
+    if file.next and replaced and not new.strip(b"\0"):
+        return file.next, START, ROTATED
 
-
-def read_file(file: LogFile, offset: int, last_id: str) -> Generator[bytes | None, None, LogFile]:
-    """Yield what `read_log` does. Return the file to go on with, from its start."""
-    known = file.read_at(offset - CHECKED, offset)
-    if len(known) < min(offset, CHECKED) or last_id not in ("", id_at(offset, known)):
-        return file  # not the file of the id, even if a line ends at the same place
-    line = b""  # a line that has not ended yet
-    while True:
-        # Checked before reading. While a new file is empty, the writer may still write to this one.
-        follower = file.next
-        replaced = follower and (follower.size() > 0 or follower.next)
-        data = file.read_at(offset - len(known), offset + BLOCK)
-        if not data.startswith(known):
-            return file  # it was truncated, even if it has grown again since
-        if data == known and follower and replaced:
-            if line:
-                yield to_sse(line, id_at(offset, known))  # nothing will complete this line
-            return follower
-        if data == known:
-            yield None
-            continue
-        if not line and data[len(known)] == 0:
+    lines = [line + b"\n" for line in new.split(b"\n")[:-1]]
+    if not lines and replaced:
+        lines = [new]  # nothing will complete this line
+    elif not lines and len(new) > MAX_LINE:
+        if nuls := len(new) - len(new.lstrip(b"\0")):
             # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
             # https://github.com/logrotate/logrotate/issues/286
-            with suppress(OSError):  # there is no data after it yet
-                offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
-            known = file.read_at(offset - CHECKED, offset)
-            data = known + file.read_at(offset, offset + BLOCK)
-        start, at, events = offset - len(known), len(known), []
-        while (newline := data.find(b"\n", at)) >= 0:
-            line, at = line + data[at:newline], newline + 1
-            events.append(to_sse(line, id_at(start + at, data[max(at - CHECKED, 0) : at])))
-            line = b""
-        line = (line + data[at:]).lstrip(b"\0")
-        offset, known = start + len(data), data[-CHECKED:]
-        if len(line) >= MAX_LINE:
-            events.append(to_sse(line, id_at(offset, known)))
-            line = b""
-        yield b"".join(events)
+            end = offset + nuls
+            with suppress(OSError):  # nothing but the hole yet
+                end = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            return file, id_at(end, file.read_at(end - CHECKED, end)), b""
+        # A piece does not end in the middle of a character, or between CR and LF.
+        lines = [re.sub(rb"(\r|[\xc0-\xff][\x80-\xbf]{,2})\Z", b"", new[:MAX_LINE])]
+    events = []
+    for line in lines:
+        offset += len(line)
+        end = offset - start
+        last_id = id_at(offset, data[max(end - CHECKED, 0) : end])
+        events.append(to_sse(line, last_id))
+    return file, last_id, b"".join(events)
 
 
 async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
-    """Yield what `read_log` does; wait for the watch when there is nothing more."""
+    """Yield the last lines, or those after the id, then each new one, as events."""
+    file = watch.open()
+    if not last_id:
+        last_id = await run_in_threadpool(find_last_lines, file, lines) if file else START
+    yield b"retry: 1000\n\n"  # ms; it also says: you will get all that is written from now on
     clock = asyncio.get_running_loop().time
     due = clock() + KEEP_ALIVE
-    retry = b"retry: 1000\n\n"  # ms
-    changed = watch.changed  # taken before each look: nothing can happen in between
-    for events in read_log(lines, last_id):
-        if retry and events != b"":  # it says: you will get all that is written from now on
-            events, retry = retry + (events or b""), b""
+    while True:
+        changed = watch.changed  # taken before the look: nothing can happen in between
+        before, events = last_id, b""
+        if file := file or watch.open():
+            file, last_id, events = read_on(file, last_id)
         if not events and clock() >= due:
             events = b": keep-alive\n\n"
         if events:
             yield events
             due = clock() + KEEP_ALIVE
-        elif events is None:
+        elif last_id == before:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await changed.wait()
         await asyncio.sleep(0)  # let other tasks run
-        changed = watch.changed
 
 
 # 3. The recipe's own log, and the app -------------------------------------------------------------
@@ -206,10 +196,9 @@ async def write_a_line() -> None:
     """Write a line, and wait a second. After half a minute begin a new file, as logrotate does."""
     if LOG.exists() and LOG.stat().st_size > 1000:
         LOG.replace(LOG.with_suffix(".log.1"))
+    now = datetime.now().time().isoformat("milliseconds")
     with LOG.open("a") as log:
-        log.write(
-            f"{datetime.now().time().isoformat('milliseconds')} GET /orders/{randrange(100)}\n"
-        )
+        log.write(f"{now} GET /orders/{randrange(100)}\n")
     await asyncio.sleep(1)
 
 

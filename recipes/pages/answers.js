@@ -28,7 +28,7 @@ form.addEventListener("submit", async (event) => {
   start.ariaDisabled = "false";
 });
 
-// Anybody who has the id can stop it. The last event says so, here and wherever it is read.
+// Anybody who has the id can stop it. The last event tells every reader, also this page.
 stop.addEventListener("click", async () => {
   if (stop.ariaDisabled === "true") return;
   try {
@@ -53,7 +53,7 @@ function show() {
     tell("", "No answer yet.");
     return;
   }
-  // A screen reader is told of the answer when it is complete, and not of each token.
+  // A screen reader reads out the complete answer, and not each token.
   answer.ariaBusy = "true";
   const text = answer.appendChild(new Text()); // in a text node, markup is text
   source = new Source(`v1/responses/${shownId()}?stream=true`, {
@@ -80,7 +80,7 @@ function over({ status: how, error, incomplete_details: details }) {
   else tell("stopped", `The model ended its answer early (${details?.reason}).`);
 }
 
-/** Return what the server answers. Throws an error that says what is wrong. */
+/** Return the server's answer. Throws an error that says what went wrong. */
 async function post(path, body) {
   const headers = { "Content-Type": "application/json" };
   const options = { method: "POST", headers, body: JSON.stringify(body) };
@@ -89,9 +89,9 @@ async function post(path, body) {
     throw new Error(`The server cannot be reached (${error.message}).`);
   });
   wire.note(`< ${response.status} ${response.headers.get("Content-Type")}`);
-  const told = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(told.error?.message ?? `The server answered ${response.status}.`);
-  return told;
+  const answered = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(answered.error?.message ?? `The server answered ${response.status}.`);
+  return answered;
 }
 
 function tell(state, words) {

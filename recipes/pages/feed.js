@@ -12,18 +12,18 @@ document.getElementById("channel").value = channel;
 document.getElementById("feed-title").textContent = `Events in ${channel}, the newest first`;
 document.title = `${channel} – feed`;
 
-// 1. What comes -----------------------------------------------------------------------------------
+// 1. Reading --------------------------------------------------------------------------------------
 
 const wire = new Wire(document.getElementById("wire"));
 let state = "connecting";
 
-// The last events are there at once. When the connection breaks, the id of the last one counts.
+// The last events are shown at once. After a broken connection it goes on from the last id.
 const source = new Source(`${url}?last=20`, {
   wire: {
     note: (text) => wire.note(text),
     add(text) {
       wire.add(text);
-      queueMicrotask(tellConnection); // when it has been parsed
+      queueMicrotask(tellConnection); // after it has been parsed
     },
   },
   onevent(event) {
@@ -37,7 +37,7 @@ const source = new Source(`${url}?last=20`, {
   },
 });
 
-/** The server may be there while its log is not: then there is no id to go on from yet. */
+/** If the server is there but its log is not, there is no id yet to go on from. */
 function tellConnection() {
   if (state !== "open") return;
   if (source.lastEventId) tell("connection", "done", "Connected.");
@@ -58,7 +58,7 @@ function gap({ data }) {
   return element("li", "gap", `Events may be missing here. ${JSON.parse(data).reason}`);
 }
 
-/** Text stays text, whatever markup it is. */
+/** Make an element. Markup in the words stays text. */
 function element(tag, style, words) {
   const made = document.createElement(tag);
   made.className = style;
@@ -66,7 +66,7 @@ function element(tag, style, words) {
   return made;
 }
 
-// 2. What is posted -------------------------------------------------------------------------------
+// 2. Posting --------------------------------------------------------------------------------------
 
 let posting = false;
 
@@ -87,7 +87,7 @@ document.getElementById("write").addEventListener("submit", async (event) => {
   publish.ariaDisabled = "false";
 });
 
-/** Post an event. Return nothing, or what is to be said of it. */
+/** Post an event. Return null, or a sentence that says what went wrong. */
 async function post(event) {
   let response;
   try {
@@ -98,7 +98,7 @@ async function post(event) {
       signal: AbortSignal.timeout(PATIENCE),
     });
   } catch (error) {
-    // The server may have had it, and died before its answer.
+    // The server may have published it, and died before it answered.
     return `No answer (${error.message}). The event may have been published or not.`;
   }
   if (response.ok) return null;

@@ -8,12 +8,12 @@ const [form, parts, seconds, start, cancel, status, card, bar, done, left, cells
 ].map((id) => document.getElementById(id));
 const wire = new Wire(document.getElementById("wire"));
 
-const AGAIN = 2000; // milliseconds until the next try where there was no answer
+const AGAIN = 2000; // milliseconds until the next try
 
 let view = 0; // counts what was shown: an answer for an earlier view is too late
 let source = null; // of the task that is shown
 let running = null; // the id of the task that can be cancelled
-let cancelled = false; // it was asked to stop, and does so before its next part
+let cancelled = false; // it was asked to stop, and will stop before its next part
 
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const time = (s) => (s < 90 ? `${Math.ceil(s)} s` : `${Math.ceil(s / 60)} min`);
@@ -25,7 +25,7 @@ function say(sentence, state = "") {
   status.dataset.state = state;
 }
 
-// Ask until there is an answer: a server that is down or without its database comes back.
+// Ask until there is an answer: a server that is down, or has no database, comes back.
 async function ask(path, options, isWanted) {
   while (isWanted()) {
     try {
@@ -115,7 +115,7 @@ async function follow(id, isShown) {
     for (; painted < task.done; painted++) cells.children[painted].className = "done";
     const next = cells.children[painted];
     if (next) next.className = running ? "now" : "";
-    // At the pace of the parts since this page looks on.
+    // At the pace since this page began to follow the task.
     const pace = (performance.now() - looking) / 1000 / (task.done - first.done);
     const isKnown = task.done > first.done && task.done < task.parts && running && !cancelled;
     left.textContent = isKnown ? `${time(pace * (task.parts - task.done))} left` : "";
@@ -156,7 +156,7 @@ async function follow(id, isShown) {
         setRunning(null);
         say(sentence, "failed");
       } else if (sentence !== "Connecting …") {
-        say("The connection is lost, the task goes on. Trying again …", "failed");
+        say("The connection is lost, but the task goes on. Trying again …", "failed");
       }
     },
   });

@@ -23,7 +23,7 @@ function onevent({ type, data, id }) {
     addLine("rotated", "rotated");
     return;
   }
-  // How much of the file comes before the first line that is shown is known from that line alone.
+  // Where the first line begins is known only from its id, which says where it ends.
   if (!rows.length) beginFile(Math.max(end - new TextEncoder().encode(data).length - 1, 0));
   addBlock(end);
   const [, error, warning] = data.match(/\b(?:(error|critical|fatal)|(warn|warning))\b/i) ?? [];
@@ -32,7 +32,7 @@ function onevent({ type, data, id }) {
 
 // The files ---------------------------------------------------------------------------------------
 
-const rows = []; // the last few files; the last one is read now
+const rows = []; // the last few files; the last one is the log now
 
 function beginFile(start) {
   rows.at(-1)?.row.classList.add("left");

@@ -11,7 +11,7 @@ let reading = null; // the Source of the answer, while it is coming
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (reading) return;
-  // In a text node everything is text, whatever markup it is.
+  // In a text node, markup stays text.
   const text = new Text();
   answer.replaceChildren(text);
   let reason = null;
@@ -20,7 +20,7 @@ form.addEventListener("submit", (event) => {
   reading = new Source("v1/chat/completions", {
     wire,
     reconnect: false,
-    silence: 0, // the server says so when the model has stalled
+    silence: 0, // no limit: the server sends an error when the model has stalled
     init: {
       method: "POST",
       headers: { "Content-Type": "application/json" },
@@ -39,9 +39,9 @@ form.addEventListener("submit", (event) => {
       else show(data);
     },
   });
-  // A screen reader is told of the answer when it is there, and not of each token.
+  // A screen reader reads out the complete answer, and not each token.
   answer.ariaBusy = "true";
-  tell("open", "Asked.");
+  tell("open", "Waiting for the answer.");
   showButtons();
 
   function show(data) {
@@ -53,11 +53,11 @@ form.addEventListener("submit", (event) => {
       }
       if (error) end("failed", error.message ?? String(error));
     } catch {
-      end("failed", "The answer is not of this protocol.");
+      end("failed", "The answer is not in the chat completions format.");
     }
   }
 
-  // Only `[DONE]` or a reason tells a complete answer from the beginning of one.
+  // Only `[DONE]` or a reason says that the answer is complete.
   function finish(reason) {
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     if (reason === "stop") end("done", `The complete answer, in ${seconds} s.`);

@@ -1,10 +1,10 @@
-// What the recipes' pages share: a view of what is on the wire, and a reader of server-sent events.
+// What the recipes' pages share: a view of the wire, and a reader of server-sent events.
 
 const LINES = 200; // lines in the view
 const WIDTH = 1000; // characters of a line in the view
 const LONGEST_PAUSE = 30_000; // ms between two attempts to connect
 
-/** Shows text as it came; style.css keeps its end in view. */
+/** Shows raw text. style.css keeps its end in view. */
 export class Wire {
   #code = document.createElement("code");
   #open = ""; // the beginning of a line that has not ended yet
@@ -16,14 +16,14 @@ export class Wire {
   /** Show raw text. It may begin and end in the middle of a line. */
   add(text) {
     const lines = (this.#open + text).split("\n").slice(-LINES - 1);
-    if (this.#open) this.#code.lastChild.remove(); // it comes again, with what follows
+    if (this.#open) this.#code.lastChild.remove(); // it is shown again, with what follows
     this.#open = lines.pop().slice(0, WIDTH + 1);
     for (const line of lines) this.#show(line, "\n");
     if (this.#open) this.#show(this.#open, "");
     while (this.#code.childElementCount > LINES) this.#code.firstChild.remove();
   }
 
-  /** Show a line about the connection, which is not text that came. */
+  /** Show a line about the connection, which was not on the wire. */
   note(text) {
     if (this.#open) this.add("\n"); // it was cut off
     this.#show(text, "\n", "note");
@@ -38,10 +38,10 @@ export class Wire {
 }
 
 /**
- * Reads server-sent events as EventSource does, and more: any request, and the server's reasons.
+ * Reads server-sent events as EventSource does, but sends any request and tells errors' reasons.
  *
  * EventSource gives up when an answer is not a stream, such as a proxy's 502 while the server
- * restarts, and a new one cannot be told where to go on
+ * restarts, and you cannot tell a new one where to go on
  * (https://github.com/whatwg/html/issues/2177). This one tries again after the end of a stream, a
  * cut and a 5xx, with Last-Event-ID; a 204 and a 4xx are final.
  *
@@ -52,10 +52,10 @@ export class Source {
   #options;
   #closing = new AbortController();
   #retry = 1000; // ms; the server may name another pause
-  #attempts = 0; // since something came
+  #attempts = 0; // since the last event or comment
   lastEventId;
 
-  /** `silence`: ms after which a connection is given up; the recipes send a comment each 10 s. */
+  /** `silence`: ms after which a connection is given up; the recipes send a comment every 10 s. */
   constructor(url, { lastEventId = "", ...options } = {}) {
     this.#url = url;
     this.#options = { onevent() {}, onstate() {}, init: {}, reconnect: true, silence: 25_000 };
@@ -75,7 +75,7 @@ export class Source {
       const { state, sentence, again, after = 0 } = await this.#read();
       if (!again || !this.#options.reconnect) return this.#tell(state, sentence);
       const pause = Math.max(this.#retry * 2 ** this.#attempts++, after);
-      // Up to twice as long: the readers of a server that restarts must not come in one moment.
+      // Up to twice as long: when a server restarts, its readers must not all come at once.
       const wait = Math.min(pause, LONGEST_PAUSE) * (1 + Math.random());
       this.#tell("connecting", `${sentence} Trying again in ${(wait / 1000).toFixed(1)} s.`);
       await new Promise((resolve) => setTimeout(resolve, wait));
@@ -137,7 +137,7 @@ export class Source {
   }
 
   /**
-   * Return a function that takes a body piece by piece. An event that has not ended is none.
+   * Return a function that takes the body piece by piece. It drops an event that has no end.
    * https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
    */
   #parser() {
@@ -188,7 +188,7 @@ export class Source {
   }
 }
 
-/** What an answer says of its error: FastAPI's detail, the OpenAI API's message, or plain text. */
+/** Return an error's reason: FastAPI's detail, the OpenAI API's message, or plain text. */
 async function reasonOf(response) {
   const text = await response.text().catch(() => "");
   const plain = response.headers.get("Content-Type")?.startsWith("text/plain") ? text : "";

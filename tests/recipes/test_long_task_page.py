@@ -107,7 +107,7 @@ def test_a_task_through_reloads_and_a_killed_server(
     assert address(browser) == url
     wait_for_part(browser, 4)
     server.kill()
-    wait_for_status(browser, "The connection is lost, the task goes on. Trying again …")
+    wait_for_status(browser, "The connection is lost, but the task goes on. Trying again …")
     server.start()
     assert wait_for_status(browser, "Done, after 7 seconds of work.") == "done"
     assert browser.run("return wire.textContent").endswith(
