@@ -28,7 +28,7 @@ from main import EndStreams, Stream
 from recipes.common import in_one_line, keep_going, logger, prepare
 
 LOG = Path(os.environ.get("LOG") or Path(__file__).with_name("tail.log")).absolute()
-LOOK = 0.1  # seconds between two looks at the file
+LOOK = 0.05  # seconds between two looks at the file
 KEEP_ALIVE = 10.0  # seconds of silence
 BLOCK = 64 * 1024  # bytes that are read at once
 MAX_LINE = 1024 * 1024  # bytes; a longer line is sent in pieces
