@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.proxies.event_sources import EventSources
 from tests.support.browsers import Browser
 from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, free_port, need, wait_for
 from tests.support.proxies import command, deployed, substitute
@@ -52,67 +53,41 @@ def in_front_of(tmp_path: Path) -> Iterator[Callable[[Process], Nginx]]:
         yield start_it
 
 
-def read(browser: Browser, url: str, path: str) -> str:
-    """Open a page, and twelve `EventSource`s in it. Return the protocol by which the page came."""
-    browser.open(url)
-    browser.run(
-        """
-        window.readers = Array.from({ length: arguments[1] }, () => {
-          const reader = { ids: [], errors: 0, source: new EventSource(arguments[0]) };
-          reader.source.onmessage = ({ lastEventId }) => reader.ids.push(Number(lastEventId));
-          reader.source.onerror = () => (reader.errors += 1);
-          return reader;
-        });
-        """,
-        path,
-        COUNT,
-    )
+def protocol(browser: Browser) -> str:
+    """Return the protocol by which the page came."""
     return str(browser.run("return performance.getEntriesByType('navigation')[0].nextHopProtocol"))
-
-
-def ids(browser: Browser) -> list[list[int]]:
-    """The event ids that each reader has had."""
-    return list(browser.run("return readers.map(({ ids }) => ids)"))
-
-
-def errors(browser: Browser) -> list[int]:
-    """How often each reader lost its stream, or tried in vain to get it back."""
-    return list(browser.run("return readers.map(({ errors }) => errors)"))
-
-
-def states(browser: Browser) -> str:
-    """A digit for each reader: 0 connecting, 1 open, 2 closed."""
-    return str(browser.run("return readers.map(({ source }) => source.readyState).join('')"))
 
 
 def test_over_http_1_six_run_and_the_others_wait(
     browser: Browser, server: Process, in_front_of: Callable[[Process], Nginx]
 ) -> None:
-    assert read(browser, in_front_of(server).http1, LIVE) == "http/1.1"
-    wait_for(lambda: sum(len(got) >= 2 for got in ids(browser)) == 6, "six live streams")
-    assert sorted(states(browser)) == ["0"] * 6 + ["1"] * 6
-    assert ids(browser).count([]) == 6
+    sources = EventSources(browser, in_front_of(server).http1, LIVE, COUNT)
+    assert protocol(browser) == "http/1.1"
+    wait_for(lambda: sum(len(got) >= 2 for got in sources.ids()) == 6, "six live streams")
+    assert sorted(sources.states()) == ["0"] * 6 + ["1"] * 6
+    assert sources.ids().count([]) == 6
     browser.run("readers.find(({ source }) => source.readyState === 1).source.close()")
-    wait_for(lambda: ids(browser).count([]) == 5, "the seventh")
+    wait_for(lambda: sources.ids().count([]) == 5, "the seventh")
 
 
 def test_over_http_2_all_run_and_all_are_resumed(
     browser: Browser, server: Process, in_front_of: Callable[[Process], Nginx]
 ) -> None:
-    assert read(browser, in_front_of(server).http2, LIVE) == "h2"
-    wait_for(lambda: all(len(got) >= 2 for got in ids(browser)), "twelve live streams")
-    assert errors(browser) == [0] * COUNT
+    sources = EventSources(browser, in_front_of(server).http2, LIVE, COUNT)
+    assert protocol(browser) == "h2"
+    wait_for(lambda: all(len(got) >= 2 for got in sources.ids()), "twelve live streams")
+    assert sources.errors() == [0] * COUNT
     server.signal(signal.SIGTERM)
     assert server.wait() == -signal.SIGTERM
     # The first error is the end of the stream, the second one an attempt while nobody listens.
-    wait_for(lambda: min(errors(browser)) >= 2, "an attempt of each")
-    before = [len(got) for got in ids(browser)]
+    wait_for(lambda: min(sources.errors()) >= 2, "an attempt of each")
+    before = [len(got) for got in sources.ids()]
     server.start()
     wait_for(
-        lambda: all(len(got) >= n + 2 for got, n in zip(ids(browser), before, strict=True)),
+        lambda: all(len(got) >= n + 2 for got, n in zip(sources.ids(), before, strict=True)),
         "twelve streams that have gone on",
     )
-    for got in ids(browser):
+    for got in sources.ids():
         assert got == list(range(len(got)))
 
 
@@ -121,19 +96,19 @@ def test_over_http_2_one_without_an_answer_leaves_the_others_alone(
 ) -> None:
     """When the server is full nginx closes a stream without an answer, not their connection."""
     server = start(*UVICORN, "--limit-concurrency", "5")  # four streams: it counts who asks, too
-    read(browser, in_front_of(server).http2, LIVE)
+    sources = EventSources(browser, in_front_of(server).http2, LIVE, COUNT)
     server.wait_for_log('"GET /sse.* 503', 3 * COUNT)
 
     def four() -> list[tuple[int, int]] | None:
-        running = [(i, len(got)) for i, got in enumerate(ids(browser)) if got]
+        running = [(i, len(got)) for i, got in enumerate(sources.ids()) if got]
         assert len(running) <= 4
         return running if len(running) == 4 else None
 
     # The connection by which the page came counts too, until uvicorn closes it.
     running: list[tuple[int, int]] = wait_for(four, "four streams")
-    lost = errors(browser)
-    wait_for(lambda: all(len(ids(browser)[i]) > n for i, n in running), "them to go on")
-    assert [errors(browser)[i] for i, _ in running] == [lost[i] for i, _ in running]
+    lost = sources.errors()
+    wait_for(lambda: all(len(sources.ids()[i]) > n for i, n in running), "them to go on")
+    assert [sources.errors()[i] for i, _ in running] == [lost[i] for i, _ in running]
 
 
 def test_over_http_2_a_redirect_leads_to_https(

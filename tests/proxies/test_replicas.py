@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from selenium import webdriver
 
 import client_async
 import client_sync
+from tests.proxies.event_sources import EventSources
+from tests.support.browsers import Browser
 from tests.support.processes import (
     LIMIT,
     ROOT,
@@ -199,62 +200,13 @@ class Readers:
         assert not self.failures
 
 
-class Browser:
-    """Chromium, with some `EventSource`s in a page from the server."""
-
-    def __init__(self) -> None:
-        need("chromedriver", "chromium-driver")
-        options = webdriver.ChromeOptions()
-        options.binary_location = need("chromium", "chromium")
-        for flag in (
-            "headless=new",
-            "no-sandbox",
-            "disable-gpu",
-            "disable-background-networking",
-            "disable-component-update",
-            "disable-sync",
-            "no-first-run",
-        ):
-            options.add_argument(f"--{flag}")
-        service = webdriver.ChromeService(need("chromedriver", "chromium-driver"))
-        self.driver = webdriver.Chrome(options, service)
-
-    def read(self, url: str, path: str, count: int) -> None:
-        self.driver.get(f"{url}/openapi.json")  # any page of the same origin
-        self.driver.execute_script(
-            """
-            window.readers = Array.from({length: arguments[1]}, () => {
-                const reader = {ids: [], errors: 0, source: new EventSource(arguments[0])};
-                reader.source.onmessage = event => reader.ids.push(Number(event.lastEventId));
-                reader.source.onerror = () => reader.errors++;
-                return reader;
-            });
-            """,
-            path,
-            count,
-        )
-
-    def ids(self) -> list[list[int]]:
-        return list(self.driver.execute_script("return readers.map(reader => reader.ids)"))
-
-    def leave(self) -> None:
-        self.driver.execute_script("readers.forEach(reader => reader.source.close())")
-
-    def errors(self) -> list[int]:
-        """How often each reader lost its stream, or tried in vain to get it back."""
-        return list(self.driver.execute_script("return readers.map(reader => reader.errors)"))
-
-    def closed(self) -> list[bool]:
-        """Tell which readers have stopped: after a 204, or because they gave up."""
-        script = "return readers.map(reader => reader.source.readyState == EventSource.CLOSED)"
-        return list(self.driver.execute_script(script))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    browser = Browser()
+@pytest.fixture
+def browser(browsers: Callable[[str], Browser]) -> Iterator[Browser]:
+    """Chromium."""
+    browser = browsers("chromium")
     yield browser
-    browser.driver.quit()
+    browser.open("about:blank")
+    browser.console()
 
 
 def open_stream(url: str, path: str) -> socket.socket:
@@ -273,15 +225,14 @@ class Everybody:
     def __init__(
         self, url: str, query: str, browser: Browser, n_async: int = 20, n_sync: int = 10
     ) -> None:
-        self.browser = browser
-        browser.read(url, f"/sse?{query}", 3)
+        self.sources = EventSources(browser, f"{url}/openapi.json", f"/sse?{query}", 3)
         self.readers = Readers(f"{url}/ndjson?{query}", n_async, n_sync)
         wait_for(lambda: self.readers.failures or all(self.ids()), "the first events")
         assert not self.readers.failures
 
     def ids(self) -> list[list[int]]:
         """Return the event ids that each reader has had."""
-        return [*self.readers.ids(), *self.browser.ids()]
+        return [*self.readers.ids(), *self.sources.ids()]
 
     def go_on(self) -> None:
         """Wait until each reader has had some more events."""
@@ -296,12 +247,12 @@ class Everybody:
     def leave(self) -> None:
         self.readers.enough = True
         self.readers.join()
-        self.browser.leave()
+        self.sources.close()
 
     def finish(self, steps: int) -> None:
         """Wait for the end of the streams, which nobody may miss."""
         self.readers.join()
-        wait_for(lambda: all(self.browser.closed()), "the 204 that closes an EventSource")
+        wait_for(lambda: self.sources.states() == "222", "the 204 that closes an EventSource")
         assert {ids[-1] for ids in self.ids()} == {steps - 1}
 
     def check(self, fault: str, times: int) -> None:
@@ -312,7 +263,7 @@ class Everybody:
         everybody = self.ids()
         lost = sum(max(ids) + 1 - len({*ids}) for ids in everybody)
         doubled = sum(len(ids) - len({*ids}) for ids in everybody)
-        cuts = self.readers.cuts + sum(self.browser.errors())
+        cuts = self.readers.cuts + sum(self.sources.errors())
         print(f"\n| {fault} ({cuts} streams cut) | {times} | {lost} | {doubled} |")
         for ids in everybody:
             assert ids == list(range(len(ids)))
@@ -348,13 +299,13 @@ ENDLESS = "steps=100000&interval=0.2"
 
 def test_servers_killed_one_after_the_other(deployment: Deployment, browser: Browser) -> None:
     everybody = Everybody(deployment.url, ENDLESS, browser)
-    for victim in deployment.replicas * 2:
+    for victim in deployment.replicas:
         wait_for(partial(count_streams, victim), "a stream to cut")
         victim.kill()
         victim.start()
     everybody.go_on()
     everybody.leave()
-    everybody.check("one of three servers killed with `kill -9` in mid-stream", 6)
+    everybody.check("one of three servers killed with `kill -9` in mid-stream", 3)
 
 
 def test_rolling_restart_under_200_readers(deployment: Deployment, browser: Browser) -> None:
@@ -379,8 +330,8 @@ def test_all_servers_down_at_once(deployment: Deployment, browser: Browser) -> N
     for replica in deployment.replicas:
         replica.kill()
     # The first error is the cut, the next one is an attempt in vain.
-    wait_for(lambda: min(browser.errors()) >= 2, "an attempt of each EventSource")
-    assert not any(browser.closed())
+    wait_for(lambda: min(everybody.sources.errors()) >= 2, "an attempt of each EventSource")
+    assert "2" not in everybody.sources.states()
     for replica in deployment.replicas:
         replica.start()
     everybody.finish(20)
@@ -418,9 +369,10 @@ def test_a_full_server_passes_its_reader_on(deploy: Deploy, browser: Browser, na
             assert read(f"{deployment.url}/ndjson?steps=1").status == 200
         readers.enter_context(closing(fill(deployment.replicas[2])))
         assert read(f"{deployment.url}/ndjson?steps=1").status == 503
-        browser.read(deployment.url, "/sse?steps=2&interval=0", 1)
-        wait_for(lambda: min(browser.errors()) >= 2, "attempts in vain")
-    wait_for(lambda: browser.ids() == [[0, 1]], "a place for the EventSource")
+        page = f"{deployment.url}/openapi.json"
+        sources = EventSources(browser, page, "/sse?steps=2&interval=0", 1)
+        wait_for(lambda: min(sources.errors()) >= 2, "attempts in vain")
+    wait_for(lambda: sources.ids() == [[0, 1]], "a place for the EventSource")
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -483,13 +435,11 @@ def test_workers_without_a_proxy(start: Start, browser: Browser) -> None:
         children = psutil.Process(server.pid).children()
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
-    killed = workers()
-    for count, worker in enumerate(killed, 1):
-        worker.kill()
-        server.wait_for_log("Application startup complete", 3 + count)
+    workers()[0].kill()
+    server.wait_for_log("Application startup complete", 4)
     everybody.go_on()
     server.signal(signal.SIGHUP)  # a rolling restart
-    server.wait_for_log("Application startup complete", 9)
+    server.wait_for_log("Application startup complete", 7)
     everybody.go_on()
     everybody.leave()
-    everybody.check("`--workers 3`: a worker killed, or restarted by SIGHUP", 6)
+    everybody.check("`--workers 3`: a worker killed, or restarted by SIGHUP", 4)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +19,6 @@ from tests.support.processes import (
     UVICORN,
     Process,
     Start,
-    free_port,
-    need,
     wait_for,
 )
 from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
@@ -67,7 +64,7 @@ def may_vanish() -> bool:
 def test_a_thousand_readers_vanish(server: Process) -> None:
     """Closed or reset while their streams sleep, gone without a word, or blocked in sending.
 
-    Ten waves of it leave no growth.
+    Seven waves of it leave no growth.
     """
     ways = [
         ("close", "/ndjson?interval=10", 1000),
@@ -82,7 +79,7 @@ def test_a_thousand_readers_vanish(server: Process) -> None:
     wait_until_idle(server)  # until it has closed the connection that found it listening
     descriptors = process.num_fds()
     after_wave = []
-    for wave in range(10):
+    for wave in range(7):
         way, target, count = ways[wave % len(ways)]
         closed_before = len(closed_generators(server))
         readers = [RawReader(server.port, target) for _ in range(count)]
@@ -107,7 +104,7 @@ def test_a_thousand_readers_vanish(server: Process) -> None:
 
     # Python and malloc keep some of what they once had, and settle after the first waves. What a
     # stream would leave is more: one costs 12 KB, so a wave that left its streams would add 12 MB.
-    # Here 4,000 readers and more may leave 4 MB, one KB each.
+    # Here 2,000 readers may leave 4 MB, 2 KB each.
     assert after_wave[-1] - after_wave[4] < 4
     assert "ERROR" not in server.log
 
@@ -141,79 +138,6 @@ def test_stuck_readers_hold_up_nobody(server: Process) -> None:
     assert max(reached) < 90_000  # they stood still, and did not go on without a reader
 
 
-def test_stuck_reader_and_the_end_of_the_server(start: Start) -> None:
-    """Without a limit uvicorn waits for such a reader; with one it does not, and says so."""
-    waiting = start(*UVICORN)
-    limited = start(*UVICORN, "--timeout-graceful-shutdown", "1")
-    for server in (waiting, limited):
-        stuck = RawReader(server.port, STUCK)
-        sleeping = RawReader(server.port, "/ndjson?interval=10")
-        wait_until_idle(server)
-        server.signal(signal.SIGTERM)
-        assert read_until([sleeping], lambda: sleeping.ended_at, limit=30)  # noqa: B023
-        assert sleeping.ended_properly
-        server.wait_for_log("Waiting for connections to close")
-        if server is limited:
-            server.wait()
-            assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in server.log
-        else:
-            with pytest.raises(subprocess.TimeoutExpired):
-                server.popen.wait(1.5)
-        stuck.close()
-    waiting.wait()  # the stuck reader has gone
-
-
-# The time after which they let a reader go that takes nothing: 60 s in nginx if nothing is said.
-NGINX = """
-daemon off; pid {folder}/nginx.pid; error_log stderr; events {{}}
-http {{
-    access_log off;
-    send_timeout 1s;
-    server {{
-        listen 127.0.0.1:{port} sndbuf=16k;
-        location / {{ proxy_pass http://127.0.0.1:{upstream}; proxy_buffering off; }}
-    }}
-}}
-"""
-HAPROXY = """
-global
-    tune.sndbuf.client 16384
-defaults
-    mode http
-    timeout connect 5s
-    timeout server 60s
-    timeout client 1s
-frontend stuck
-    bind 127.0.0.1:{port}
-    default_backend uvicorn
-backend uvicorn
-    server one 127.0.0.1:{upstream}
-"""
-
-
-@pytest.mark.parametrize(
-    ("program", "flag", "config"),
-    [("nginx", "-c", NGINX), ("haproxy", "-f", HAPROXY)],
-    ids=["nginx", "haproxy"],
-)
-def test_proxy_lets_a_stuck_reader_go(
-    program: str, flag: str, config: str, server: Process, start: Start, tmp_path: Path
-) -> None:
-    """What uvicorn has no limit for, the proxy before it has.
-
-    Small send buffers and the longest stream, so that it does not end in the buffers on the way.
-    """
-    port = free_port()
-    file = tmp_path / "proxy.conf"
-    file.write_text(config.format(folder=tmp_path, port=port, upstream=server.port))
-    start(need(program, program), flag, str(file), port=port)
-    stuck = RawReader(port, STUCK.replace("ndjson", "sse"))
-    wait_for(lambda: closed_generators(server), "the generator to be closed")
-    (reached,) = closed_generators(server)
-    assert 1_000 < reached < 99_999  # after the buffers were full, and before the stream's own end
-    stuck.close()
-
-
 def test_limit_of_streams(start: Start) -> None:
     """`--limit-concurrency 4` serves three streams; who comes then gets a 503, and comes again."""
     server = start(*UVICORN, "--limit-concurrency", "4")
@@ -242,19 +166,3 @@ def test_limit_of_streams(start: Start) -> None:
         stdout, stderr = client.communicate(timeout=60)
         assert client.returncode == 0, stderr
         assert len(stdout.splitlines()) == 10
-
-
-@pytest.mark.parametrize("module", ["client_sync", "client_async"])
-def test_client_gives_up_where_no_place_becomes_free(module: str, start: Start) -> None:
-    server = start(*UVICORN, "--limit-concurrency", "1")  # which serves nobody
-    patience = f"import {module}; {module}.GIVE_UP_AFTER = 1.0; raise SystemExit({module}.main())"
-    result = subprocess.run(
-        [sys.executable, "-c", patience, f"{server.url}/ndjson"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 1
-    assert "503 Service Unavailable" in result.stderr.splitlines()[-1]
-    assert "Gave up at the start" in result.stderr.splitlines()[-1]

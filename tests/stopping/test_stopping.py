@@ -221,11 +221,10 @@ def test_new_requests_while_stopping(start: Start) -> None:
     stuck.close()
 
 
-def test_where_there_is_no_signal_to_take() -> None:
-    """In a thread and under TestClient the app streams, and leaves the signals alone."""
+def test_under_test_client() -> None:
+    """There the app streams, and leaves the signals alone. (For a thread: test_end_streams.py.)"""
     result = run_python("""
-import signal, threading, time
-import requests, uvicorn
+import signal
 from starlette.testclient import TestClient
 from main import app
 
@@ -233,19 +232,6 @@ def handlers():
     return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
 before = handlers()
-server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-thread = threading.Thread(target=server.run)
-thread.start()
-while not server.started:
-    time.sleep(0.01)
-port = server.servers[0].sockets[0].getsockname()[1]
-answer = requests.get(f"http://127.0.0.1:{port}/ndjson?interval=0.05")
-assert len(answer.text.splitlines()) == 10, answer.text
-assert handlers() == before
-server.should_exit = True
-thread.join(10)
-assert not thread.is_alive()
-
 for client in (TestClient(app), TestClient(app).__enter__()):  # without and with lifespan
     answer = client.get("/sse?interval=0.05")
     assert answer.text.count("data: ") == 10, answer.text
