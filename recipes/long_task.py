@@ -264,7 +264,6 @@ async def events(
 
 SERVER = str(uuid.uuid4())  # the name of this process, which no other ever has
 POSTGRESQL = {
-    "application_name": SERVER,
     "connect_timeout": "3",
     "target_session_attrs": "read-write",  # after a failover: the new primary
     # A machine that vanishes is noticed on both sides, within 20 seconds.
@@ -272,8 +271,7 @@ POSTGRESQL = {
     "tcp_user_timeout": "20000",
     "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2",
 }
-
-
+# `launch` sets these.
 engine: sa.Engine
 secret: uuid.UUID  # that all servers with this database have in common
 locks: IO[str]  # with SQLite: a file, of which each server that lives has locked a byte
@@ -288,8 +286,10 @@ def launch() -> None:
     """Connect to the database, and start to work on what is in the queue."""
     global engine, secret, locks
     url = sa.make_url(DATABASE_URL.replace("postgresql:", "postgresql+psycopg:", 1))
-    options = {"isolation_level": "IMMEDIATE"} if IS_SQLITE else POSTGRESQL  # as DBOS itself does
-    url = url.update_query_dict(options | dict(url.query))
+    if IS_SQLITE:
+        url = url.update_query_dict({"isolation_level": "IMMEDIATE"})  # as DBOS itself does
+    else:
+        url = url.update_query_dict(POSTGRESQL | dict(url.query) | {"application_name": SERVER})
     if url.database in (None, "", ":memory:"):
         raise ValueError("it should name a file, or a database of PostgreSQL")
     engine = sa.create_engine(url, pool_size=8, max_overflow=0, pool_pre_ping=True)

@@ -459,37 +459,41 @@ def take_the_database_away(here: Place, postgres: Postgres, away: Away, seconds:
 # The table ----------------------------------------------------------------------------------------
 
 
-def table(postgres: Postgres) -> Iterator[tuple[str, str, str]]:
-    """Yield each fault, and what was seen of it with SQLite and with PostgreSQL."""
-    each: dict[str, Callable[[Place], str]] = {
-        "`kill -9` after each part, and before the end": partial(kill_after_each_part, parts=6),
-        "`kill -9` at a random moment": partial(kill_at_random, parts=300, kills=8),
-        "SIGTERM": partial(terminate, tasks=10, parts=20, readers=10),
-        "`--reload`: the workflow is edited": partial(
-            save_the_code, tasks=10, parts=20, readers=10
-        ),
-        "`kill -9` three times in a part": three_deaths,
-        "a part takes longer, a server hangs": partial(slow_is_not_dead, seconds=60),
-    }
-    for name, fault in each.items():
-        with place() as here, place(postgres.database_url) as there, ThreadPoolExecutor() as both:
-            sqlite, postgresql = both.map(fault, (here, there))
-            yield name, sqlite, postgresql
-    alone: dict[str, Callable[[Place], str]] = {
-        "two servers": partial(two_servers, parts=20),
-        "one of two servers killed": lose_one_of_two,
-    }
-    for away in (killed, hanging, read_only, without_a_table):
-        alone[f"PostgreSQL: {away.__name__.replace('_', ' ')}"] = partial(
-            take_the_database_away, postgres=postgres, away=away, seconds=35
+AWAY = (killed, hanging, read_only, without_a_table)
+BOTH: dict[str, Callable[[Place], str]] = {
+    "`kill -9` after each part, and before the end": partial(kill_after_each_part, parts=6),
+    "`kill -9` at a random moment": partial(kill_at_random, parts=300, kills=8),
+    "SIGTERM": partial(terminate, tasks=10, parts=20, readers=10),
+    "`--reload`: the workflow is edited": partial(save_the_code, tasks=10, parts=20, readers=10),
+    "`kill -9` three times in a part": three_deaths,
+    "a part takes longer, a server hangs": partial(slow_is_not_dead, seconds=60),
+}
+ALONE: dict[str, Callable[[Place, Postgres], str]] = {
+    "two servers": lambda here, _: two_servers(here, 20),
+    "one of two servers killed": lambda here, _: lose_one_of_two(here),
+    **{
+        f"PostgreSQL: {away.__name__.replace('_', ' ')}": partial(
+            take_the_database_away, away=away, seconds=35
         )
-    for name, fault in alone.items():
-        with place(postgres.database_url) as there:
-            yield name, "–", fault(there)
+        for away in AWAY
+    },
+}
+
+
+def main() -> None:
+    print("| fault | SQLite | PostgreSQL |\n| --- | --- | --- |")
+    with running_postgres() as postgres:
+        for name, fault in BOTH.items():
+            with (
+                place() as here,
+                place(postgres.database_url) as there,
+                ThreadPoolExecutor() as pool,
+            ):
+                print(f"| {name} | {' | '.join(pool.map(fault, (here, there)))} |", flush=True)
+        for name, fault_alone in ALONE.items():
+            with place(postgres.database_url) as there:
+                print(f"| {name} | – | {fault_alone(there, postgres)} |", flush=True)
 
 
 if __name__ == "__main__":
-    print("| fault | SQLite | PostgreSQL |\n| --- | --- | --- |")
-    with running_postgres() as postgres:
-        for row in table(postgres):
-            print(f"| {' | '.join(row)} |", flush=True)
+    main()

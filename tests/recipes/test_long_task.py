@@ -274,6 +274,13 @@ def test_one_look_for_all_readers_of_a_task(client: httpx.Client, server: Proces
 # The faults, in short: `python -m tests.faults.long_task` has them in full ----------------
 
 
+def test_the_table_is_of_these_faults() -> None:
+    section = (ROOT / "tests/README.md").read_text().partition("<!-- faults of long_task -->\n")[2]
+    _, _, *rows = section.partition("\n\n")[0].splitlines()
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert names == [*faults.BOTH, *faults.ALONE]
+
+
 def test_kill_after_each_part() -> None:
     with place() as here:
         faults.kill_after_each_part(here, 3)
@@ -301,7 +308,8 @@ def test_a_server_is_lost_for_good(postgres: Postgres) -> None:
 
 @pytest.mark.parametrize("database", ["SQLite", "PostgreSQL"])
 def test_slow_is_not_dead(database: str, postgres: Postgres) -> None:
-    with place(postgres.database_url if database == "PostgreSQL" else "") as here:
+    url = f"{postgres.database_url}?application_name=tasks"  # which people do set
+    with place(url if database == "PostgreSQL" else "") as here:
         faults.slow_is_not_dead(here, 6)
 
 
@@ -316,9 +324,7 @@ def test_started_on_one_server_cancelled_on_another(postgres: Postgres) -> None:
         faults.two_servers(here, 3)
 
 
-@pytest.mark.parametrize(
-    "away", [faults.killed, faults.hanging, faults.read_only, faults.without_a_table]
-)
+@pytest.mark.parametrize("away", faults.AWAY)
 def test_the_database_is_away(postgres: Postgres, away: faults.Away) -> None:
     with place(postgres.database_url) as here:
         faults.take_the_database_away(here, postgres, away, 3)
