@@ -81,6 +81,16 @@ def test_certificates_that_cannot_be_used(
         assert status == 0
 
 
+def test_a_file_of_the_environment_is_told_at_once_by_its_name(tmp_path: Path) -> None:
+    """aiohttp itself cannot be imported then."""
+    log = str(tmp_path / "missing" / "keys")
+    with wrong_server(WHOLE) as server:
+        url = server.url.replace("http:", "https:")
+        status, sentence = run("client_sync", url, SSLKEYLOGFILE=log)
+    assert status == 1
+    assert sentence.startswith(f"Cannot read {url}: No such file or directory: {log}. ")
+
+
 @pytest.fixture
 def tls_server(tmp_path: Path) -> Iterator[WrongServer]:
     """A server for `localhost` whose certificate nobody trusts: `cert.pem` in `tmp_path`."""
@@ -262,6 +272,15 @@ def test_odd_lines(client: str, case: str) -> None:
     else:
         assert sentence
         assert "sent a line that is not an event: b'" in sentence
+
+
+@both_line_readers
+def test_an_address_that_is_no_text_is_told_at_once(client: str) -> None:
+    address: Any = None
+    ids, sentence = read(load(client, FIRST_DELAY=LIMIT), address)
+    assert ids == []
+    assert sentence
+    assert sentence.startswith("Cannot read None: ")
 
 
 @both_line_readers
