@@ -198,13 +198,15 @@ here: dict[str, Answer] = {}
 # that is not higher than all before it (https://redis.io/docs/latest/commands/xadd/). So there is
 # one end, and nothing after it: the server that makes the answer is refused, and stops its model.
 END = "1-0"
-CONNECTIONS = 3  # and one that waits for events
+CONNECTIONS = 2  # and one that waits for events, and one for the signs of life
 PATIENCE = 2.0  # seconds that Redis has for an answer
 BEAT, LIFE = 1.5, 4000  # seconds between two signs of life; milliseconds that one lasts
 turns = asyncio.Semaphore(CONNECTIONS)
 redis: Any = None
 if url := os.environ.get("REDIS_URL"):
-    redis, listener = (common.connect_to_redis(url, n, retries=1) for n in (CONNECTIONS, 1))
+    redis, listener, heart = (
+        common.connect_to_redis(url, n, retries=1) for n in (CONNECTIONS, 1, 1)
+    )
 
 
 async def put(answer: Answer, event: dict[str, Any]) -> None:
@@ -241,10 +243,11 @@ async def load(*answers: Answer) -> None:
         async with asyncio.timeout(PATIENCE), turns, redis.pipeline(transaction=False) as pipeline:
             for answer in answers:
                 pipeline.xrange(answer.key, f"(0-{len(answer.events)}")
-            for answer, entries in zip(answers, await pipeline.execute(), strict=True):
-                for _, fields in entries:
-                    if "event" in fields:
-                        answer.take(json.loads(fields["event"]))
+            found = await pipeline.execute()
+        for answer, entries in zip(answers, found, strict=True):
+            for _, fields in entries:
+                if "event" in fields:
+                    answer.take(json.loads(fields["event"]))
 
 
 async def restore(answer: Answer, newest: dict[str, str]) -> None:
@@ -275,21 +278,20 @@ async def follow() -> None:
 
 
 async def beat() -> None:
-    await asyncio.gather(*map(attend, list(here.values())))
+    """Give a sign of life of all answers that are made here; look for that of all others."""
+    answers = list(here.values())
+    async with asyncio.timeout(PATIENCE), heart.pipeline(transaction=False) as pipeline:
+        for answer in answers:
+            how = {"px": LIFE} if answer.maker else {"xx": True, "keepttl": True}
+            pipeline.set(f"alive:{answer.id}", 1, **how)
+        signs = await pipeline.execute()
+    for answer, sign in zip(answers, signs, strict=True):
+        answer.missed = 0 if sign else answer.missed + 1
+        if answer.missed > 2:
+            end = failed("The server that made it is gone.")
+            await put(answer, end)
+            answer.take(end)  # also if Redis has an end of it, but not all before that
     await asyncio.sleep(BEAT)
-
-
-async def attend(answer: Answer) -> None:
-    """Give a sign of life of an answer that is made here; look for that of one made elsewhere."""
-    missed, answer.missed = answer.missed, 0  # if Redis fails, nobody can give one
-    how = {"px": LIFE} if answer.maker else {"xx": True, "keepttl": True}
-    async with asyncio.timeout(PATIENCE), turns:
-        if not await redis.set(f"alive:{answer.id}", 1, **how):
-            answer.missed = missed + 1
-    if answer.missed == 3:
-        end = failed("The server that made it is gone.")
-        await put(answer, end)
-        answer.take(end)  # also if Redis has an end of it, but not all before that
 
 
 # 4. How an answer is made -------------------------------------------------------------------------

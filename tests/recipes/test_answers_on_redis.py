@@ -256,6 +256,23 @@ def test_something_else_is_there(ask: Ask, redis: RedisServer) -> None:
     assert "Traceback" not in server.log
 
 
+def test_a_loop_in_the_background_survives_what_nobody_expected(
+    ask: Ask, redis: RedisServer
+) -> None:
+    servers = [ask.serve(redis.port, environment={"FAIL": "1"}) for _ in range(2)]
+    here, there = (asked(server) for server in servers)
+    for loop in ("reading answers", "a sign of life"):
+        expected = f"ERROR: +{loop}: ZeroDivisionError: nobody expected this\n"
+        servers[1].wait_for_log(expected, 2)
+    # Without the one, nothing would be read here; without the other, it would be given up.
+    response = here.responses.create(model="parrot", input=words(300), background=True)
+    assert events_of(there, response.id)[-1]["type"] == "response.completed"
+    response = here.responses.create(model="parrot", input=words(5000), background=True)
+    servers[0].kill()
+    assert events_of(there, response.id)[-1]["type"] == "response.failed"
+    assert "Traceback" not in servers[1].log
+
+
 def test_a_server_that_starts_before_redis(ask: Ask, redis: RedisServer) -> None:
     redis.kill()
     server = ask.serve(redis.port)
