@@ -204,9 +204,8 @@ BEAT, LIFE = 1.5, 4000  # seconds between two signs of life; milliseconds that o
 turns = asyncio.Semaphore(CONNECTIONS)
 redis: Any = None
 if url := os.environ.get("REDIS_URL"):
-    redis, listener, heart = (
-        common.connect_to_redis(url, n, retries=1) for n in (CONNECTIONS, 1, 1)
-    )
+    redis = common.connect_to_redis(url, CONNECTIONS, retries=1)
+    listener, heart = (common.connect_to_redis(url, 1, retries=1) for _ in range(2))
 
 
 async def put(answer: Answer, event: dict[str, Any]) -> None:
