@@ -139,13 +139,12 @@ def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
     before, new = data[: offset - start], data[offset - start :]
     if len(before) < offset - start or id_at(offset, before) != last_id:
         return file, START, ROTATED  # it was truncated, even if it has grown again since
-    if file.next and replaced and not new.strip(b"\0"):
+    is_long = len(new) > MAX_LINE
+    if file.next and replaced and not is_long and not new.strip(b"\0"):
         return file.next, START, ROTATED
 
     lines = [line + b"\n" for line in new.split(b"\n")[:-1]]
-    if not lines and replaced:
-        lines = [new]  # nothing will complete this line
-    elif not lines and len(new) > MAX_LINE:
+    if not lines and is_long:
         if nuls := len(new) - len(new.lstrip(b"\0")):
             # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
             # https://github.com/logrotate/logrotate/issues/286
@@ -155,6 +154,8 @@ def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
             return file, id_at(end, file.read_at(end - CHECKED, end)), b""
         # A piece does not end in the middle of a character, or between CR and LF.
         lines = [re.sub(rb"(\r|[\xc0-\xff][\x80-\xbf]{,2})\Z", b"", new[:MAX_LINE])]
+    elif not lines and replaced:
+        lines = [new]  # nothing will complete this line
     events = []
     for line in lines:
         offset += len(line)
