@@ -10,12 +10,9 @@ failover, the old primary may keep its connections and answer READONLY to every 
 import asyncio
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
 from weakref import WeakValueDictionary
 
-from redis.asyncio import Redis, Sentinel
-
-from recipes.common import in_one_line, keep_going, logger
+from recipes.common import connect_to_redis, in_one_line, keep_going, logger
 from recipes.feed import FORGET, KEEP, Channel, Log, LogIsAway, to_sse
 
 CHECK = 5.0  # seconds between two reads of all channels
@@ -32,32 +29,18 @@ return redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', {KEEP + 1})
 """
 
 
-def connect(url: str) -> Any:
-    """One connection to an address of redis-py, or to redis+sentinel://:PASSWORD@HOST:PORT/NAME."""
-    options: dict[str, Any] = {"max_connections": 1, "decode_responses": True}
-    options |= {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
-    # A retry may run a command twice. Protocol 3 notices a broken connection only when it is used.
-    options |= {"retry": None, "protocol": 2, "encoding_errors": "replace"}
-    address = urlsplit(url)
-    if not address.scheme.endswith("+sentinel"):
-        return Redis.from_url(url, **options)
-    login, _, hosts = address.netloc.rpartition("@")
-    options["username"], _, options["password"] = map(unquote, login.partition(":"))
-    options["ssl"] = address.scheme.startswith("rediss")
-    pairs = [(host, int(port)) for host, _, port in (h.rpartition(":") for h in hosts.split(","))]
-    quick = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": None}  # one may hang
-    sentinel = Sentinel(pairs, sentinel_kwargs=quick)  # type: ignore[no-untyped-call]
-    return sentinel.master_for(address.path.strip("/"), **options)
+Command = tuple[object, ...]
 
 
-async def ask(client: Any, *commands: tuple[object, ...]) -> Any:
+async def ask(client: Any, *commands: Command) -> Any:
     """Send commands in one pipeline; return their answers. Each may be an exception."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
     answers: list[Any] = [Exception()]
     try:
-        return (answers := await pipeline.execute(raise_on_error=False))
+        async with asyncio.timeout(PATIENCE):
+            return (answers := await pipeline.execute(raise_on_error=False))
     finally:
         if any(isinstance(answer, Exception) for answer in answers):
             await client.connection_pool.disconnect()
@@ -68,11 +51,9 @@ class RedisLog(Log):
 
     def __init__(self, url: str) -> None:
         self.channels = WeakValueDictionary()  # a reader keeps its channel
-        try:
-            self.poster, self.reader, self.bell = connect(url), connect(url), connect(url)
-        except ValueError:  # its message may contain a part of the password
-            raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
-        self.posting = asyncio.Lock()
+        self.poster, self.reader, self.bell = (connect_to_redis(url, 1) for _ in range(3))
+        self.posts: list[tuple[tuple[Command, ...], asyncio.Future[Any]]] = []  # not yet sent
+        self.posting: asyncio.Task[None] | None = None
         self.rang: dict[str, asyncio.Event] = {}  # channels to read; set when that is done
         self.ringing = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
@@ -80,15 +61,31 @@ class RedisLog(Log):
     async def publish(self, name: str, data: str, event: str) -> str:
         add = ("XADD", f"feed:{name}", "MAXLEN", "~", KEEP + 1, "*", "data", data, "event", event)
         expire, ring = ("EXPIRE", f"feed:{name}", FORGET), ("PUBLISH", "feed", name)
+        posted = asyncio.get_running_loop().create_future()
+        self.posts.append(((add, expire, ring), posted))
+        if not self.posting or self.posting.done():
+            self.posting = asyncio.create_task(self.post())
         try:
-            async with asyncio.timeout(PATIENCE), self.posting:
-                event_id, *_ = await ask(self.poster, add, expire, ring)
-            if isinstance(event_id, Exception):
-                raise event_id
+            return str(await asyncio.wait_for(posted, PATIENCE))
         except Exception as error:
             logger.error("feed: perhaps not published: %s", in_one_line(error))
             raise LogIsAway from error
-        return str(event_id)
+
+    async def post(self) -> None:
+        """Send all posts that wait in one pipeline, so that a hundred take as long as one."""
+        while self.posts:
+            some, self.posts = [each for each in self.posts if not each[1].done()], []
+            try:
+                answers = await ask(self.poster, *[each for three, _ in some for each in three])
+            except Exception as error:
+                answers = [error] * 3 * len(some)
+            for (_, posted), answer in zip(some, answers[::3], strict=True):
+                if posted.done():  # nobody waits for it any longer
+                    continue
+                if isinstance(answer, Exception):
+                    posted.set_exception(answer)
+                else:
+                    posted.set_result(answer)
 
     async def open(self, name: str) -> tuple[Channel, bool]:
         if not self.tasks or self.tasks[0].done():

@@ -15,7 +15,6 @@ FAULTS = {fault.name: fault for fault in feed_faults.FAULTS}
     [
         "`kill -9` of a server",
         "rolling restart behind nginx",
-        "the same, and its clock is behind",
         "500 POSTs, 100 side by side",
         "readers leave, come back and read slowly",
     ],
@@ -28,6 +27,7 @@ def test_a_fault(name: str) -> None:
     assert (seen.lost, seen.doubled, seen.disordered) == (0, 0, 0)
     if connections := re.search("([0-9]+) connections to Redis by two servers", seen.note):
         assert 0 < int(connections[1]) <= 6
+        assert seen.note.endswith(" 0 refused")
 
 
 def test_the_table_is_of_what_the_program_does() -> None:

@@ -16,7 +16,8 @@ import pytest
 import requests
 
 from recipes.feed import KEEP
-from tests.support.event_sources import EventSource, EventSources, event_sources
+from tests.support.event_sources import EventSource, event_sources
+from tests.support.event_sources import EventSources as Readers
 from tests.support.feed import numbers, publish
 from tests.support.processes import (
     ENVIRONMENT,
@@ -29,33 +30,49 @@ from tests.support.processes import (
     wait_for,
 )
 from tests.support.recipes import start_recipe
-from tests.support.redis_server import BadLine, RedisServer, running_redis
+from tests.support.redis_server import BadLine, running_redis
+from tests.support.redis_server import RedisServer as Redis
 
 KEY = "feed:goals"
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
+def redis(tmp_path: Path) -> Iterator[Redis]:
     with running_redis(tmp_path) as server:
         yield server
 
 
 @pytest.fixture
-def readers() -> Iterator[EventSources]:
+def readers() -> Iterator[Readers]:
     with event_sources() as sources:
         yield sources
 
 
-def serve(start: Start, tmp_path: Path, port: int) -> Process:
-    """Start a server whose Redis is called at `port`."""
-    return start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=f"redis://127.0.0.1:{port}")
+Serve = Callable[[int | str], Process]
+
+
+@pytest.fixture
+def serve(start: Start, tmp_path: Path) -> Serve:
+    """`serve(port)` starts a server whose Redis is called at that port, or at that address."""
+
+    def serve(redis: int | str) -> Process:
+        url = redis if isinstance(redis, str) else f"redis://127.0.0.1:{redis}"
+        return start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=url)
+
+    return serve
 
 
 def wait_for_data(sources: Iterable[EventSource], count: int) -> None:
     wait_for(lambda: all(len(source.data) >= count for source in sources), f"{count} events")
 
 
-def data_in(redis: RedisServer) -> list[str]:
+def assert_all_have(sources: Iterable[EventSource], data: list[str]) -> None:
+    """They have these events, and have seen neither a gap nor the end of their connection."""
+    for source in sources:
+        assert (source.data, source.gaps, source.opened) == (data, [], 1)
+
+
+def data_in(redis: Redis) -> list[str]:
     entries = redis.client.xrange(KEY)
     return [fields["data"] for _, fields in entries if "data" in fields]
 
@@ -64,10 +81,8 @@ def post(server: Process, text: str) -> requests.Response:
     return requests.post(f"{server.url}/feed/goals", json={"data": text}, timeout=LIMIT)
 
 
-def test_two_servers_have_one_log(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
-    servers = [serve(start, tmp_path, redis.port) for _ in range(2)]
+def test_two_servers_have_one_log(serve: Serve, redis: Redis, readers: Readers) -> None:
+    servers = [serve(redis.port) for _ in range(2)]
     crowd = [source for server in servers for source in readers.open(server.port, 10)]
     ids = [publish(servers[number % 2], str(number))[0] for number in range(20)]
     wait_for_data(crowd, 20)
@@ -75,34 +90,28 @@ def test_two_servers_have_one_log(
         assert source.data == numbers(0, 20)
         assert [event.id for event in source.events] == ids
     # Whoever was on one goes on with the other, and with one that has just been started.
-    for server in (*servers, serve(start, tmp_path, redis.port)):
+    for server in (*servers, serve(redis.port)):
         (source,) = readers.open(server.port, last_event_id=ids[9])
         wait_for_data([source], 10)
         assert [event.id for event in source.events] == ids[10:]
 
 
-def test_three_connections_for_each_server(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
-    server = serve(start, tmp_path, redis.port)
-    crowd = readers.open(server.port, 100)
-    with ThreadPoolExecutor(100) as pool:
-        posts = [pool.submit(post, server, str(number)) for number in range(100)]
-        while not all(p.done() for p in posts):
-            assert redis.connections() <= 3
-            time.sleep(0.01)
-    assert {p.result().status_code for p in posts} == {201}
-    wait_for_data(crowd, 100)
-    assert redis.connections() == 3
-    for source in crowd:
-        assert source.data == crowd[0].data
-        assert sorted(source.data) == sorted(numbers(0, 100))
+def test_many_posts_when_redis_is_far_away(serve: Serve, redis: Redis, readers: Readers) -> None:
+    """One after the other, they would take 25 seconds; Redis has four."""
+    line = BadLine(redis.port)
+    server = serve(line.port)
+    crowd = readers.open(server.port, 3)
+    line.delay = 0.25
+    with ThreadPoolExecutor(50) as pool:
+        answers = [*pool.map(lambda number: post(server, str(number)), range(50))]
+    assert {answer.status_code for answer in answers} == {201}
+    wait_for_data(crowd, 50)
+    assert_all_have(crowd, data_in(redis))
+    assert redis.connections() <= 3
 
 
-def test_redis_is_killed_and_started_again(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
-    servers = [serve(start, tmp_path, redis.port) for _ in range(2)]
+def test_redis_is_killed_and_started_again(serve: Serve, redis: Redis, readers: Readers) -> None:
+    servers = [serve(redis.port) for _ in range(2)]
     crowd = [source for server in servers for source in readers.open(server.port, 10)]
     publish(servers[0], *numbers(0, 5))
     publish(servers[1], *numbers(5, 10))
@@ -110,9 +119,7 @@ def test_redis_is_killed_and_started_again(
     for server in servers:
         answer = post(server, "lost")
         assert answer.status_code == 503
-        assert answer.json() == {
-            "detail": "The log is not available. The event may have been published or not."
-        }
+        assert answer.json()["detail"].startswith("The log is not available.")
         assert answer.headers["retry-after"] == "1"
         server.wait_for_log("ERROR: .*feed: Redis: ConnectionError: Error 111 connecting")
     redis.start()
@@ -120,16 +127,11 @@ def test_redis_is_killed_and_started_again(
     publish(servers[0], "10")
     publish(servers[1], "11")
     wait_for_data(crowd, 12)
-    for source in crowd:
-        assert source.data == numbers(0, 12)
-        assert not source.gaps
-        assert source.opened == 1
+    assert_all_have(crowd, numbers(0, 12))
 
 
-def test_redis_is_stalled(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
-    server = serve(start, tmp_path, redis.port)
+def test_redis_is_stalled(serve: Serve, redis: Redis, readers: Readers) -> None:
+    server = serve(redis.port)
     crowd = readers.open(server.port, 10)
     publish(server, "before")
     redis.signal(signal.SIGSTOP)
@@ -140,18 +142,13 @@ def test_redis_is_stalled(
     publish(server, "after")
     wait_for(lambda: all("after" in source.data for source in crowd), "the last event")
     published = data_in(redis)
-    for source in crowd:
-        assert source.data == published
-        assert source.opened == 1
-        assert not source.gaps
+    assert_all_have(crowd, published)
     assert len(set(published)) == len(published)
 
 
-def test_the_line_to_redis_falls_silent(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
+def test_the_line_to_redis_falls_silent(serve: Serve, redis: Redis, readers: Readers) -> None:
     line = BadLine(redis.port)
-    cut_off, other = (serve(start, tmp_path, port) for port in (line.port, redis.port))
+    cut_off, other = (serve(port) for port in (line.port, redis.port))
     crowd = readers.open(cut_off.port, 10)
     publish(cut_off, "1")
     publish(other, "2")
@@ -160,13 +157,12 @@ def test_the_line_to_redis_falls_silent(
     assert post(cut_off, "lost").status_code == 503
     publish(cut_off, "4")
     wait_for_data(crowd, 4)
-    assert all(source.data == numbers(1, 5) for source in crowd)
-    assert all(source.opened == 1 for source in crowd)
+    assert_all_have(crowd, numbers(1, 5))
 
 
-def test_nothing_is_put_in_twice(start: Start, tmp_path: Path, redis: RedisServer) -> None:
+def test_nothing_is_put_in_twice(serve: Serve, redis: Redis) -> None:
     line = BadLine(redis.port)
-    server = serve(start, tmp_path, line.port)
+    server = serve(line.port)
     publish(server, "1")
     line.cut_answer_to = b"XADD"
     assert post(server, "2").status_code == 503
@@ -175,18 +171,13 @@ def test_nothing_is_put_in_twice(start: Start, tmp_path: Path, redis: RedisServe
     assert published == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize(("published", "left"), [(KEEP, KEEP), (KEEP + 1, KEEP), (20, 5), (20, 0)])
+@pytest.mark.parametrize(("published", "left"), [(KEEP, KEEP), (KEEP + 1, KEEP), (20, 0)])
 def test_what_redis_trimmed_meanwhile(
-    start: Start,
-    tmp_path: Path,
-    redis: RedisServer,
-    readers: EventSources,
-    published: int,
-    left: int,
+    serve: Serve, redis: Redis, readers: Readers, published: int, left: int
 ) -> None:
     """While a server is away from Redis, more is published than is kept, or somebody trims it."""
     line = BadLine(redis.port)
-    cut_off, other = (serve(start, tmp_path, port) for port in (line.port, redis.port))
+    cut_off, other = (serve(port) for port in (line.port, redis.port))
     crowd = readers.open(cut_off.port, 5)
     publish(cut_off, "a", "b")
     wait_for_data(crowd, 2)
@@ -208,11 +199,9 @@ def test_what_redis_trimmed_meanwhile(
     assert source.events[0].name == "gap"
 
 
-def test_an_id_that_is_ahead_of_this_server(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
+def test_an_id_that_is_ahead_of_this_server(serve: Serve, redis: Redis, readers: Readers) -> None:
     line = BadLine(redis.port)
-    behind, other = (serve(start, tmp_path, port) for port in (line.port, redis.port))
+    behind, other = (serve(port) for port in (line.port, redis.port))
     (waiting,) = readers.open(behind.port)
     publish(behind, "0")
     wait_for(lambda: waiting.data, "an event")
@@ -229,13 +218,11 @@ def test_an_id_that_is_ahead_of_this_server(
     assert waiting.data == numbers(0, 7)
 
 
-def test_a_server_that_starts_before_redis(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
-    first = serve(start, tmp_path, redis.port)
+def test_a_server_that_starts_before_redis(serve: Serve, redis: Redis, readers: Readers) -> None:
+    first = serve(redis.port)
     ids = publish(first, *numbers(0, 3))
     redis.kill()
-    server = serve(start, tmp_path, redis.port)
+    server = serve(redis.port)
     (new,) = readers.open(server.port)
     (back,) = readers.open(server.port, last_event_id=ids[0])
     server.wait_for_log("feed: Redis: ConnectionError")
@@ -248,13 +235,11 @@ def test_a_server_that_starts_before_redis(
     assert not new.gaps + back.gaps
 
 
-def test_an_id_that_redis_has_lost(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
+def test_an_id_that_redis_has_lost(serve: Serve, redis: Redis, readers: Readers) -> None:
     """A server that has just started cannot know what else was lost."""
     for event_id in ("1-0", "2-0", "4-0"):
         redis.client.xadd(KEY, {"data": event_id}, id=event_id)
-    server = serve(start, tmp_path, redis.port)
+    server = serve(redis.port)
     ids = ("1-0", "2-0", "3-0", "4-0", "9999999999999-0")
     asked = [readers.open(server.port, last_event_id=event_id)[0] for event_id in ids]
     publish(server, "new")
@@ -266,19 +251,19 @@ def test_an_id_that_redis_has_lost(
     assert [len(source.gaps) for source in asked] == [0, 0, 1, 0, 1]
     # The gap is told once, and its id is good on every server.
     gap = next(event for event in asked[2].events if event.name == "gap")
-    (again,) = readers.open(serve(start, tmp_path, redis.port).port, last_event_id=gap.id)
+    (again,) = readers.open(serve(redis.port).port, last_event_id=gap.id)
     wait_for_data([again], 4)
     assert not again.gaps
 
 
 @pytest.mark.parametrize("clock", ["as it is", "ahead"])
 def test_redis_comes_back_with_older_data(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources, clock: str
+    serve: Serve, tmp_path: Path, redis: Redis, readers: Readers, clock: str
 ) -> None:
     """Readers that stayed get a gap, and nothing twice; also if new events get the lost ids."""
     if clock == "ahead":  # then each id is the last one plus one
         redis.client.xadd(KEY, {"data": "first"}, id=f"{int(time.time() + 3600) * 1000}-0")
-    server = serve(start, tmp_path, redis.port)
+    server = serve(redis.port)
     crowd = readers.open(server.port, 3)
     ids = publish(server, "a", "b")
     wait_for_data(crowd, 2)
@@ -310,14 +295,14 @@ def test_redis_comes_back_with_older_data(
 
 @pytest.mark.parametrize("clock", ["as it is", "behind"])
 def test_redis_comes_back_without_its_data(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources, clock: str
+    serve: Serve, redis: Redis, readers: Readers, clock: str
 ) -> None:
     """Each reader is told, once, and gets what is posted from then on."""
     if clock == "behind":  # a Redis whose clock was ahead made the ids that were lost
         redis.client.xadd(KEY, {"data": "old"}, id=f"{10**4 * int(time.time())}-0")
     else:
         redis.client.xadd(KEY, {"data": "old"})
-    servers = [serve(start, tmp_path, redis.port) for _ in range(2)]
+    servers = [serve(redis.port) for _ in range(2)]
     crowd = [source for server in servers for source in readers.open(server.port, 5)]
     redis.client.flushall()
     (late,) = readers.open(servers[0].port, last_event_id=crowd[0].last_event_id)
@@ -333,14 +318,14 @@ def test_redis_comes_back_without_its_data(
 
 
 def test_failover_behind_one_address(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+    serve: Serve, tmp_path: Path, redis: Redis, readers: Readers
 ) -> None:
     """The old primary is a replica now, and keeps the connections that it has."""
     line = BadLine(redis.port)
     with running_redis(tmp_path) as other:
         other.client.replicaof("127.0.0.1", redis.port)
         wait_for(lambda: other.client.info()["master_link_status"] == "up", "the replica")
-        server = serve(start, tmp_path, line.port)
+        server = serve(line.port)
         crowd = readers.open(server.port, 5)
         publish(server, "before")
         wait_for_data(crowd, 1)
@@ -351,30 +336,21 @@ def test_failover_behind_one_address(
         wait_for(lambda: post(server, "again").status_code == 201, "an event to be taken")
         publish(server, "after")
         wait_for(lambda: all("after" in source.data for source in crowd), "the last event")
-        for source in crowd:
-            assert source.data == ["before", "again", "after"]
-            assert not source.gaps
-            assert source.opened == 1
+        assert_all_have(crowd, ["before", "again", "after"])
         wait_for(lambda: len(other.client.client_list(_type="pubsub")) == 1, "the bell to move")
 
 
-def forbid_writing(redis: RedisServer) -> None:
+def forbid_writing(redis: Redis) -> None:
     redis.client.config_set("min-replicas-to-write", 1)
 
 
-def fill(redis: RedisServer) -> None:
+def fill(redis: Redis) -> None:
     redis.client.config_set("maxmemory", 1)
 
 
 @pytest.mark.parametrize("spoil", [forbid_writing, fill])
-def test_redis_that_takes_nothing(
-    start: Start,
-    tmp_path: Path,
-    redis: RedisServer,
-    readers: EventSources,
-    spoil: Callable[[RedisServer], Any],
-) -> None:
-    server = serve(start, tmp_path, redis.port)
+def test_redis_that_takes_nothing(serve: Serve, redis: Redis, readers: Readers, spoil: Any) -> None:
+    server = serve(redis.port)
     crowd = readers.open(server.port, 3)
     publish(server, "before")
     spoil(redis)
@@ -387,17 +363,15 @@ def test_redis_that_takes_nothing(
     publish(server, "after")
     wait_for_data([*crowd, new], 1)
     wait_for_data(crowd, 2)
-    assert all(source.data == ["before", "after"] and source.opened == 1 for source in crowd)
+    assert_all_have(crowd, ["before", "after"])
 
 
-def test_a_user_without_a_right(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
+def test_a_user_without_a_right(serve: Serve, redis: Redis, readers: Readers) -> None:
     """Redis gives a new user no right to the bell: its events are late, but they arrive."""
     allow = ("ACL", "SETUSER", "feed")
     redis.client.execute_command(*allow, "on", ">s3cret", "~feed:*", "+@all")
     url = f"redis://feed:s3cret@127.0.0.1:{redis.port}"
-    server = start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=url)
+    server = serve(url)
     (source,) = readers.open(server.port)
     publish(server, "0", "1")
     wait_for_data([source], 2)
@@ -413,13 +387,11 @@ def test_a_user_without_a_right(
     assert "s3cret" not in server.log
 
 
-def test_what_others_put_into_the_stream(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
+def test_what_others_put_into_the_stream(serve: Serve, redis: Redis, readers: Readers) -> None:
     """Nobody rings the bell for it, so it takes some seconds."""
     redis.client.xadd(KEY, {"data": "x"})
     redis.client.xtrim(KEY, maxlen=0, approximate=False)  # a stream, but an empty one
-    server = serve(start, tmp_path, redis.port)
+    server = serve(redis.port)
     (source,) = readers.open(server.port)
     wait_for(lambda: source.last_event_id, "an id to go on from")
     for fields in (
@@ -435,10 +407,10 @@ def test_what_others_put_into_the_stream(
 
 
 def test_something_else_in_the_place_of_one_channel(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+    serve: Serve, redis: Redis, readers: Readers
 ) -> None:
     redis.client.set(KEY, "text")
-    server = serve(start, tmp_path, redis.port)
+    server = serve(redis.port)
     (source,) = readers.open(server.port)
     (other,) = readers.open(server.port, path="/feed/other")
     server.wait_for_log("feed: cannot read channel goals: .*WRONGTYPE")
@@ -453,9 +425,9 @@ def test_something_else_in_the_place_of_one_channel(
 
 
 def test_a_channel_is_kept_while_it_is_read_and_forgotten_an_hour_later(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
+    serve: Serve, redis: Redis, readers: Readers
 ) -> None:
-    server = serve(start, tmp_path, redis.port)
+    server = serve(redis.port)
     (reader,) = readers.open(server.port)
     (id_before,) = publish(server, "posted only", path="/feed/unread")
     for key in (KEY, "feed:unread"):
@@ -473,17 +445,15 @@ def test_a_channel_is_kept_while_it_is_read_and_forgotten_an_hour_later(
     assert not again.gaps
 
 
-def test_channels_that_come_and_go(
-    start: Start, tmp_path: Path, redis: RedisServer, readers: EventSources
-) -> None:
-    server = serve(start, tmp_path, redis.port)
+def test_channels_that_come_and_go(serve: Serve, redis: Redis, readers: Readers) -> None:
+    server = serve(redis.port)
 
     def come_and_go(first: int) -> int:
         for number in range(first, first + 600, 100):
-            crowd = [
-                readers.open(server.port, path=f"/feed/{n}")[0] for n in range(number, number + 100)
-            ]
-            readers.close(crowd)
+            with ThreadPoolExecutor(50) as pool:
+                for each in range(number, number + 100):
+                    pool.submit(readers.open, server.port, path=f"/feed/{each}")
+            readers.close(readers.all)
             readers.all.clear()
         return int(psutil.Process(server.pid).memory_info().rss)
 
@@ -493,7 +463,9 @@ def test_channels_that_come_and_go(
     assert redis.connections() <= 3
 
 
-def test_an_address_with_a_password(start: Start, tmp_path: Path, readers: EventSources) -> None:
+def test_an_address_with_a_password(
+    serve: Serve, start: Start, tmp_path: Path, readers: Readers
+) -> None:
     """TLS with a password, and Sentinel. Nothing of the password is in the log, whatever fails."""
     password = "s3cret/%40"
     options = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
@@ -519,12 +491,12 @@ def test_an_address_with_a_password(start: Start, tmp_path: Path, readers: Event
             "sentinel": f"redis+sentinel://:{quoted}@127.0.0.1:{hangs},127.0.0.1:{sentinel_port}/goals-db",
         }
         for address in addresses.values():
-            server = start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=address)
+            server = serve(address)
             (source,) = readers.open(server.port)
             publish(server, "x")
             wait_for_data([source], 1)
             wrong = address.replace("s3cret", "s3cret-wrong")
-            bad = start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=wrong)
+            bad = serve(wrong)
             assert post(bad, "x").status_code == 503
             assert "s3cret" not in server.log + bad.log
     for wrong in ("localhost:6379", f"redis://:{password}@localhost:6379"):

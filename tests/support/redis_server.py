@@ -66,6 +66,7 @@ class BadLine:
         self.to = port
         self.port = free_port()
         self.dead = False  # nobody answers here
+        self.delay = 0.0  # seconds that whatever passes takes, in each direction
         self.cut_answer_to = b""  # the next command with this in it gets there, its answer not back
         self.no_more = False  # and then nobody answers here
         self.open: set[asyncio.StreamWriter] = set()  # to the callers
@@ -115,6 +116,7 @@ class BadLine:
             nonlocal cut
             with suppress(OSError):
                 while data := await source.read(65536):
+                    await asyncio.sleep(self.delay)
                     while writer in self.silent:  # noqa: ASYNC110
                         await asyncio.sleep(0.1)
                     if to is commands and self.cut_answer_to and self.cut_answer_to in data:
