@@ -263,9 +263,11 @@ def test_one_look_for_all_readers_of_a_task(client: httpx.Client, server: Proces
     """As long as there are readers, and no longer."""
     task_id = start_task(server, 900, 0.2)
     with ExitStack() as stack:
-        for _ in range(20):
-            response = stack.enter_context(client.stream("GET", f"/tasks/{task_id}/events"))
-            next(response.iter_lines())
+        streams = [
+            stack.enter_context(client.stream("GET", f"/tasks/{task_id}/events")).iter_lines()
+            for _ in range(20)
+        ]
+        assert {next(lines) for lines in streams} == {"retry: 1000"}
         assert client.get("/watches").json() == 1
     wait_for(lambda: client.get("/watches").json() == 0, "the task to be let go")
     client.delete(f"/tasks/{task_id}")
