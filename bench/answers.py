@@ -1,8 +1,8 @@
 """What recipes/answers.py needs for a token: many answers at once, each with one reader.
 
 Run it with `python bench/answers.py` (seven minutes, on a machine that does nothing else), or with
-`--quick` to see that it works. It prints a table, and writes answers.json and answers.md. It needs
-redis-server.
+`--quick` to see that it works. It prints a table, and writes answers.json, answers.md and its place
+in README.md. It needs redis-server.
 """
 
 import argparse
@@ -151,14 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a token of an answer costs.")
     parser.add_argument("--quick", action="store_true", help="small numbers, which say nothing")
     parser.add_argument("--answers", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.quick:
         print(render(measure(10, 1, 1)))
         return
-    results = measure(arguments.answers, 10, 3)
+    results = measure(arguments.answers, 10, arguments.rounds)
     print(render(results))
     (HERE / "answers.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "answers.md").write_text(render(results))
+    readme = (HERE / "README.md").read_text()
+    before, start, rest = readme.partition("<!-- bench/answers.md -->\n")
+    _, end, after = rest.partition("<!-- end of bench/answers.md -->\n")
+    (HERE / "README.md").write_text(before + start + render(results) + end + after)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_it_runs(bench: ModuleType) -> None:
     assert run_quickly(bench).startswith("Measured on ")
 
 
-@pytest.mark.parametrize("bench", [export, tail, fanout, long_task])
+@pytest.mark.parametrize("bench", [export, tail, fanout, long_task, answers])
 def test_the_readme_shows_what_was_measured(bench: ModuleType) -> None:
     results = json.loads((ROOT / f"bench/{bench.__name__}.json").read_text())
     tables = (ROOT / f"bench/{bench.__name__}.md").read_text()
