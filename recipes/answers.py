@@ -218,9 +218,10 @@ async def put(answer: Answer, event: dict[str, Any]) -> None:
     try:
         async with asyncio.timeout(PATIENCE), turns, redis.pipeline(transaction=False) as pipeline:
             pipeline.xadd(answer.key, fields, entry, nomkstream=number > 0)
-            if is_end or number % 20 == 0:
+            if is_end or number % 20 == 0:  # now and then: is all there that should be?
                 pipeline.xlen(answer.key)
                 pipeline.expire(answer.key, KEEP)
+                pipeline.set(f"alive:{answer.id}", 1, px=LIFE)
             added, *length = await pipeline.execute()
     except ResponseError as error:
         if "equal or smaller" not in str(error):
@@ -252,7 +253,7 @@ async def load(*answers: Answer) -> None:
 async def restore(answer: Answer, newest: dict[str, str]) -> None:
     """Put all events but the newest again: Redis came back without some, as after a failover."""
 
-    async def put_all(pipeline: Any) -> None:
+    async def put_all(pipeline: Any) -> None:  # if the stream changes meanwhile, this runs again
         ends = await pipeline.xrange(answer.key, END)
         pipeline.multi()
         if all(fields == newest for _, fields in ends):  # nobody else has ended it
@@ -267,6 +268,7 @@ async def restore(answer: Answer, newest: dict[str, str]) -> None:
 
 async def follow() -> None:
     """Wait for what other servers put: events, and the ends of what is made here."""
+    # After the highest number that an event can have, only the end comes.
     streams = {a.key: f"0-{2**64 - 1 if a.maker else len(a.events)}" for a in here.values()}
     streams["answers:none"] = "0"  # which never comes; there must be one to wait for
     async with asyncio.timeout(PATIENCE):
@@ -281,6 +283,7 @@ async def beat() -> None:
     answers = list(here.values())
     async with asyncio.timeout(PATIENCE), heart.pipeline(transaction=False) as pipeline:
         for answer in answers:
+            # The second changes nothing. It is a write, because a replica would not refuse to read.
             how = {"px": LIFE} if answer.maker else {"xx": True, "keepttl": True}
             pipeline.set(f"alive:{answer.id}", 1, **how)
         signs = await pipeline.execute()
