@@ -6,7 +6,6 @@ Sections 2 and 4 have imports of their own: each can be copied into a file, and 
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +49,7 @@ async def sleep_until(due: float) -> None:
     """Sleep until the event loop's clock shows `due` (in seconds), or up to 2 ms longer."""
     loop = asyncio.get_running_loop()
     if due > loop.time():
-        tick = loop, math.ceil(due / TICK)
+        tick = loop, int(due / TICK) + 1
         if (event := _ticks.get(tick)) is None:
             event = _ticks[tick] = asyncio.Event()
             loop.call_at(tick[1] * TICK, lambda: _ticks.pop(tick).set())
@@ -68,10 +67,8 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-HEADERS = {
-    "Cache-Control": "no-cache, no-transform",  # or a cache replays it, and HAProxy compresses it
-    "X-Accel-Buffering": "no",  # or nginx with `gzip on` holds it back until its end
-}
+# Without them a cache replays a stream, HAProxy compresses it, nginx with `gzip on` holds it back.
+HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 
 
 class Stream(StreamingResponse):
@@ -102,7 +99,7 @@ class Stream(StreamingResponse):
                 await asyncio.sleep(0.01)
             if hasattr(content, "aclose"):
                 await content.aclose()
-            elif hasattr(content, "close"):
+            elif not is_async and hasattr(content, "close"):
                 await run_in_threadpool(content.close)
 
     async def stream_response(self, send: Send) -> None:
@@ -112,17 +109,20 @@ class Stream(StreamingResponse):
             async for chunk in self.body_iterator:  # which somebody may have wrapped
                 body = chunk.encode() if isinstance(chunk, str) else chunk
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body"})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send in one task and listen in another: only `receive` says that the reader has left."""
+        if scope["type"] == "websocket":  # a WebSocket is refused with this response
+            await super().__call__(scope, receive, send)
+            return
         sender = asyncio.create_task(self.stream_response(send))
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as until_sent:
                 sender.add_done_callback(lambda _: until_sent.reschedule(0))
                 try:
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
+                    while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110
+                        await asyncio.sleep(0)  # some middlewares repeat the request's body forever
                 finally:
                     sender.cancel()
                     # If AnyIO cancelled this task (a middleware's timeout), waiting needs a shield.
@@ -184,7 +184,6 @@ class EndStreams:
     uvicorn waits for open connections, and tells the app of its stop only when all are closed:
     https://github.com/encode/uvicorn/issues/451. So this sends each open stream `http.disconnect`,
     as if its reader had left, and cancels an app that goes on. Then the body gets its proper end.
-
     Only event streams that answer a GET are ended: their readers come back and resume. Downloads
     and answers to a POST are left alone: ended early, they would look complete.
     """
@@ -195,7 +194,8 @@ class EndStreams:
     def __init__(
         self, app: Any, methods: Any = ("GET",), media_types: Any = ("text/event-stream",)
     ) -> None:
-        self.app, self.methods, self.media_types = app, methods, [t.encode() for t in media_types]
+        self.app, self.methods = app, ("HEAD", *methods)
+        self.media_types = [t.lower().partition(";")[0].strip().encode() for t in media_types]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         loop = asyncio.get_running_loop()

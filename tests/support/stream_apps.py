@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from typing import Any
 
 import anyio
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -64,7 +64,7 @@ class LoggingRoute(APIRoute):
                 try:
                     async for chunk in iterator:
                         size += len(chunk)
-                        yield bytes(chunk).decode()  # Starlette takes text, too
+                        yield chunk if isinstance(chunk, str) else bytes(chunk).decode()
                 finally:
                     print(f"sent {response.status_code} {size}", flush=True)
 
@@ -89,9 +89,23 @@ class TimeLimit:
         print("time is up", flush=True)
 
 
+class RepeatBody:
+    """A middleware that has read the body, and answers with it whenever the app asks."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def repeat() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        await self.app(scope, repeat if scope.get("path") == "/repeated" else receive, send)
+
+
 app = FastAPI()
-app.add_middleware(EndStreams, media_types=("text/plain",))
+app.add_middleware(EndStreams, media_types=("Text/Plain; charset=utf-8",))
 app.add_middleware(TimeLimit)
+app.add_middleware(RepeatBody)
 
 
 @app.get("/stream/{name}", response_class=Stream)
@@ -109,6 +123,40 @@ async def options() -> Stream:
     background = BackgroundTask(print, "background", flush=True)
     headers = {"X-Own": "1", "cache-control": "private"}
     return Stream(generate("ends"), 203, headers, "text/plain", background)
+
+
+@app.get("/repeated", response_class=Stream)
+async def repeated() -> Stream:
+    return Stream(generate("ends"), media_type="text/plain")
+
+
+class Cursor:
+    """Two rows, and then the end."""
+
+    def __init__(self) -> None:
+        self.rows = 2
+
+    def __aiter__(self) -> "Cursor":
+        return self
+
+    async def __anext__(self) -> str:
+        self.rows -= 1
+        if self.rows < 0:
+            raise StopAsyncIteration
+        return "row\n"
+
+    async def close(self) -> None:
+        pass
+
+
+@app.get("/cursor", response_class=Stream)
+async def cursor() -> Stream:
+    return Stream(Cursor(), media_type="text/plain")
+
+
+@app.websocket("/refused")
+async def refused(websocket: WebSocket) -> None:
+    await websocket.send_denial_response(Stream(generate("ends"), 403, media_type="text/plain"))
 
 
 app.router.route_class = LoggingRoute

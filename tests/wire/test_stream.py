@@ -1,11 +1,12 @@
 """`Stream` in apps of other people: closed at once however it ends, and an ordinary response."""
 
 import re
+import socket
 import sys
 
 import pytest
 import requests
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from tests.support.processes import LIMIT, Process, Start
 from tests.support.raw_reader import RawReader, read_until, wait_until_idle
@@ -89,6 +90,15 @@ def test_a_sync_generator_is_closed_in_a_thread(app: Process) -> None:
     assert not re.search("Traceback|ERROR", app.log), app.log
 
 
+def test_a_head_of_it_does_not_hold_up_the_server(app: Process) -> None:
+    with socket.create_connection(("127.0.0.1", app.port), LIMIT) as connection:
+        connection.sendall(b"HEAD /plain/sleeps HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 OK" in connection.recv(4096)
+        app.signal(15)
+        app.wait()
+    app.wait_for_log("closed sleeps")
+
+
 def test_its_arguments_and_headers(app: Process) -> None:
     """Those of `StreamingResponse`; the headers of every stream are added to one's own."""
     answer = requests.get(f"{app.url}/options", timeout=LIMIT)
@@ -117,3 +127,22 @@ def test_in_a_test_client() -> None:
         assert client.get("/stream/ends").text == "ends\n"
         with pytest.raises(ZeroDivisionError):
             client.get("/stream/raises")
+
+
+def test_it_refuses_a_websocket() -> None:
+    """As any response does: https://asgi.readthedocs.io/en/latest/extensions.html#websocket-denial-response"""
+    with TestClient(its_app) as client, pytest.raises(WebSocketDenialResponse) as refusal:
+        client.websocket_connect("/refused").__enter__()
+    assert (refusal.value.status_code, refusal.value.text) == (403, "ends\n")
+
+
+def test_a_middleware_that_repeats_the_body(app: Process) -> None:
+    """Many give the app a body that they have read themselves, each time that it asks."""
+    assert requests.get(f"{app.url}/repeated", timeout=LIMIT).text == "ends\n"
+
+
+def test_what_is_no_generator(app: Process) -> None:
+    """A database's cursor: its `close()` is a coroutine, and nobody's business but its owner's."""
+    with requests.get(f"{app.url}/cursor", timeout=LIMIT) as answer:
+        assert answer.text == "row\nrow\n"
+    assert "never awaited" not in app.log
