@@ -54,8 +54,8 @@ TABLE = (
 
 Row = tuple[Any, ...]
 
-# They share two servers and a database, so they run in one worker.
-pytestmark = pytest.mark.xdist_group("export")
+# Those that share a server or a database run in one worker.
+sharing = pytest.mark.xdist_group("export")
 each_format = pytest.mark.parametrize("path", PATHS)
 
 
@@ -221,6 +221,7 @@ FIRST = {
 MEDIA_TYPES = {CSV: "text/csv; charset=utf-8", NDJSON: "application/x-ndjson"}
 
 
+@sharing
 @each_format
 def test_all_rows_as_a_download(shared: Process, path: str) -> None:
     response = get(shared, path)
@@ -235,6 +236,7 @@ def test_all_rows_as_a_download(shared: Process, path: str) -> None:
     assert [*schema["200"]["content"]] == [MEDIA_TYPES[path].partition(";")[0]]
 
 
+@sharing
 @each_format
 def test_the_rows_after_an_id(shared: Process, path: str) -> None:
     for after in (ROWS // 2, ROWS - 2, ROWS, 2**31, 2**63 - 1):
@@ -421,6 +423,7 @@ def test_a_middleware_of_starlettes_makes_a_cut_download_look_complete(
 # Readers who leave, and too many of them ----------------------------------------------------------
 
 
+@sharing
 def test_readers_who_leave_give_back_their_connections(start: Start, filled_postgres: str) -> None:
     server = serve(start, filled_postgres)
     readers = [slow_reader(server, CSV) for _ in range(10)]
@@ -435,6 +438,7 @@ def test_readers_who_leave_give_back_their_connections(start: Start, filled_post
     assert "was cut" not in server.log
 
 
+@sharing
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
 def test_readers_who_never_read_give_their_connections_back(
     start: Start, request: pytest.FixtureRequest, database: str
@@ -456,6 +460,7 @@ def test_readers_who_never_read_give_their_connections_back(
     assert "Traceback" not in server.log
 
 
+@sharing
 def test_a_reader_who_takes_a_little_each_time_gets_all(start: Start, filled_sqlite: str) -> None:
     """The limit is on standing still, not on the length of a download."""
     reader = slow_reader(serve(start, filled_sqlite, app="impatient"), NDJSON)
@@ -483,6 +488,7 @@ def test_a_query_that_computes_is_cancelled(start: Start, postgres: Postgres) ->
 # Downloads that could not be finished -------------------------------------------------------------
 
 
+@sharing
 def test_a_reader_that_goes_on(start: Start, filled_sqlite: str) -> None:
     server = serve(start, filled_sqlite)
     program: dict[str, Any] = {}
@@ -496,6 +502,7 @@ def test_a_reader_that_goes_on(start: Start, filled_sqlite: str) -> None:
     assert rows == rows_after(NDJSON, 0)
 
 
+@sharing
 @pytest.mark.parametrize("options", [(), ("--timeout-graceful-shutdown", "1")])
 def test_the_server_is_asked_to_stop(
     start: Start, filled_sqlite: str, options: tuple[str, ...]
