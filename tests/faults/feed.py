@@ -400,7 +400,10 @@ def count_connections(it: Setting, publisher: Publisher) -> str:
         while not all(post.done() for post in posts):
             most = max(most, it.redis.connections())
             time.sleep(0.01)
-    refused = sum(post.result().status_code != 201 for post in posts)
+    answers = {text: post.result() for text, post in zip(texts, posts, strict=True)}
+    taken = {text: answer for text, answer in answers.items() if answer.status_code == 201}
+    publisher.ids |= {text: answer.json()["id"] for text, answer in taken.items()}
+    refused = len(texts) - len(taken)
     return f"{most} connections to Redis by two servers, {refused} refused"
 
 
@@ -445,6 +448,7 @@ FAULTS = [
         redis=False,
         rate=100,
         size=4000,
+        most=60,
         one_more=True,
     ),
 ]

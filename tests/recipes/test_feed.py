@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import psutil
 import pytest
 import requests
 
-from recipes.common import MAX_BODY
 from recipes.feed import KEEP
 from tests.support.event_sources import EventSource, EventSources, event_sources
 from tests.support.feed import numbers, publish
@@ -196,10 +194,14 @@ def test_a_name_that_no_channel_has(shared: Process, name: str) -> None:
 
 
 BAD = [
-    *("", "{", "[]", "null", "{}", '{"data": null}', '{"data": 5}', '{"data": NaN}'),
-    *('{"data": 1e400}', '{"data": "\\ud800"}', '{"data": "\\udcff"}', '{"data": ""}', "\\ud800"),
-    *('{"data": "x", "event": "a\\nb"}', '{"data": "x", "event": "\\u0000"}'),
-    *(json.dumps({"data": "x", "event": "x" * 101}), json.dumps({"data": "x" * 10_001})),
+    *(
+        "{}",
+        '{"data": ""}',
+        '{"data": 5}',
+        '{"data": "\\ud800"}',
+        json.dumps({"data": "x" * 10_001}),
+    ),
+    *('{"data": "x", "event": "a\\nb"}', json.dumps({"data": "x", "event": "x" * 101})),
 ]
 
 
@@ -227,18 +229,6 @@ def test_a_page_from_elsewhere_cannot_publish(shared: Process) -> None:
             timeout=LIMIT,
         )
         assert answer.status_code == status
-
-
-@pytest.mark.parametrize("chunked", [True, False])
-def test_a_large_body_is_refused_before_it_is_read(shared: Process, chunked: bool) -> None:
-    with socket.create_connection(("127.0.0.1", shared.port), LIMIT) as connection:
-        head = "POST /feed/goals HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-        how = "Transfer-Encoding: chunked" if chunked else "Content-Length: 1000000000000"
-        connection.sendall(f"{head}{how}\r\n\r\n".encode())
-        part = b" " * (MAX_BODY // 4)
-        for _ in range(5):  # and the rest never comes
-            connection.sendall(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
 # Readers are slow, leave, fail; channels come and go ----------------------------------------------

@@ -211,7 +211,7 @@ BROKEN = [
     *(b"", b"{", b"[]", b"null", b'"text"', b"\xff", b'{"model": "parrot"}'),
     *(
         json.dumps(asked(**{field: "X"})).replace('"X"', value).encode()
-        for field in ("question", "model", "max_tokens", "stop", "stream", "stream_options", "own")
+        for field in ("question", "model", "own")
         for value in ("NaN", "1e400", '"\\ud800"', '["\\ud800"]', "9" * 5000, "[" * 900 + "]" * 900)
     ),
     json.dumps(asked(x="X")).replace('"X"', "[" * 100_000 + "]" * 100_000).encode(),
