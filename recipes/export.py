@@ -43,6 +43,14 @@ After = Annotated[int | None, Query(ge=0, le=2**63 - 1)]  # an id in either data
 
 def read_sqlite(form: str, where: str) -> Generator[bytes]:
     """Yield the rows in chunks. The first is empty: it says that the database begins to answer."""
+    if form == CSV:
+        value = "iif(typeof({0}) = 'blob', lower(hex({0})), {0}) AS {0}"
+        select = ", ".join(value.format(name) for name in COLUMNS)
+    else:
+        # SQLite's own JSON is fast, but it rounds floats, and has no BLOBs. Python writes both.
+        value = "'{0}', iif(typeof({0}) IN ('real', 'blob'), json(as_json({0})), {0})"
+        pairs = ", ".join(value.format(name) for name in COLUMNS)
+        select = f"json_object({pairs}) || char(10) AS line"
     # rw does not make a missing file. (With ro, SQLite could not undo what a crash left behind.)
     uri = Path(DATABASE_URL.removeprefix("sqlite:///")).absolute().as_uri() + "?mode=rw"
     due = time.monotonic() + ANSWER
@@ -50,16 +58,15 @@ def read_sqlite(form: str, where: str) -> Generator[bytes]:
     with closing(sqlite3.connect(uri, uri=True, timeout=2, check_same_thread=False)) as connection:
         # SQLite asks this while it computes, and gives up at a yes.
         connection.set_progress_handler(lambda: time.monotonic() > due, 100_000)
-        rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM orders {where} ORDER BY id")
+        connection.create_function(
+            "as_json", 1, lambda v: to_json(v, bytes_mode="hex", inf_nan_mode="strings").decode()
+        )
+        rows = connection.execute(f"SELECT {select} FROM orders {where} ORDER BY orders.id")
         yield b""
         due = time.monotonic() + PATIENCE
         chunk = bytearray(to_csv(COLUMNS) if form == CSV and not where else b"")
         for row in rows:
-            if form == CSV:
-                chunk += to_csv([v.hex() if isinstance(v, bytes) else v for v in row])
-            else:
-                order = dict(zip(COLUMNS, row, strict=True))
-                chunk += to_json(order, bytes_mode="hex", inf_nan_mode="strings") + b"\n"
+            chunk += to_csv(row) if form == CSV else row[0].encode()
             if len(chunk) >= CHUNK:
                 yield bytes(chunk)
                 chunk.clear()
