@@ -6,6 +6,7 @@ Sections 2 and 4 have imports of their own: each can be copied into a file, and 
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ async def sleep_until(due: float) -> None:
     """Sleep until the event loop's clock shows `due` (in seconds), or up to 2 ms longer."""
     loop = asyncio.get_running_loop()
     if due > loop.time():
-        tick = loop, int(due / TICK) + 1
+        tick = loop, math.ceil(due / TICK)
         if (event := _ticks.get(tick)) is None:
             event = _ticks[tick] = asyncio.Event()
             loop.call_at(tick[1] * TICK, lambda: _ticks.pop(tick).set())
@@ -76,7 +77,6 @@ class Stream(StreamingResponse):
 
     Its `finally` runs, and may `await`, when it ends or raises, its reader leaves, the server stops
     or the task is cancelled. (Starlette's own response cancels a cleanup at its first `await`.)
-
     `content` yields bytes, text, or what a subclass turns into bytes in `render`. A sync generator
     may block: it runs in threads. All arguments are those of `StreamingResponse`.
     """

@@ -223,7 +223,7 @@ def upstream_error(error: Exception) -> HTTPException:
 def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
     """Return a client for an address of redis-py, or redis+sentinel://:PASSWORD@HOST:PORT/NAME.
 
-    It waits for ever: put a time limit around each command. A command that is tried again after an
+    It waits forever: put a time limit around each command. A command that is tried again after an
     error may run twice. A connection is closed if its server says that it has become a replica:
     after a failover, another server may be behind the same address.
     """
