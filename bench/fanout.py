@@ -1,4 +1,4 @@
-"""What an event for everybody costs: recipes/feed.py beside the alternatives, in one run.
+"""What an event to all readers costs: recipes/feed.py beside the alternatives, in one run.
 
 Run it with `python bench/fanout.py` (fifteen minutes, on a machine that does nothing else), or with
 `--quick` to see in half a minute that it works. It prints the tables, and writes fanout.json and
@@ -488,7 +488,7 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print the tables, and write them down."""
-    parser = argparse.ArgumentParser(description="Measure what an event for everybody costs.")
+    parser = argparse.ArgumentParser(description="Measure what an event to all readers costs.")
     parser.add_argument("--quick", action="store_true", help="small numbers, which say nothing")
     parser.add_argument("--python", help="another interpreter, to measure the recipe with too")
     arguments = parser.parse_args()

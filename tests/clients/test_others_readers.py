@@ -44,7 +44,7 @@ def test_node_eventsource_stops_by_itself_at_the_204(server: Process) -> None:
     node = need("node", "nodejs npm")
     node_modules()
     script = ROOT / "tests/support/eventsource.mjs"
-    # It would reconnect for ever, and never exit, if a 204 did not tell it to stop.
+    # It would reconnect forever, and never exit, if a 204 did not tell it to stop.
     result = subprocess.run(
         [node, str(script), f"{server.url}/sse?interval=0.02"],
         capture_output=True,

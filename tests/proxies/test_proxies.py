@@ -152,7 +152,7 @@ def test_without_cache_control_varnish_replays_a_stream(
     url = f"{proxy.url}/sse?steps=3&interval=0.5"
     assert read(url).events[-1] >= 1.0
     assert read(url).events[-1] < 0.5  # before the second one was due: all at once
-    # And whoever wants all of it is told that nothing is left, because somebody else had all.
+    # And a reader that wants all of it gets 204, because another reader had all of it.
     url = f"{proxy.url}/sse?steps=3&interval=0"
     assert read(url, last_event_id=2).status == 204
     assert read(url).status == 204

@@ -325,7 +325,7 @@ def test_rolling_restart_under_200_readers(deployment: Deployment, browser: Brow
 
 
 def test_all_servers_down_at_once(deployment: Deployment, browser: Browser) -> None:
-    """The proxy must not answer an `EventSource` with an error: it would give up for ever."""
+    """The proxy must not answer an `EventSource` with an error: it would give up."""
     everybody = Everybody(deployment.url, "steps=20&interval=0.2", browser, 5, 5)
     for replica in deployment.replicas:
         replica.kill()

@@ -1,4 +1,4 @@
-"""recipes/feed.py in memory: each event to each reader, once and in order, or a gap is told."""
+"""recipes/feed.py in memory: each event to each reader, once and in order, or a gap says so."""
 
 import json
 import signal

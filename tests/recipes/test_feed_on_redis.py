@@ -193,7 +193,7 @@ def test_what_redis_trimmed_meanwhile(
         assert source.data == ["a", "b", *numbers(published - left, published), "z"]
         assert len(source.gaps) == (0 if left == published else 1)
         assert source.opened == 1
-    # Who comes now with an id from before is told as well.
+    # A new reader with an id from before gets the gap, too.
     (source,) = readers.open(cut_off.port, last_event_id=crowd[0].events[1].id)
     wait_for(lambda: "z" in source.data, "the last event")
     assert source.events[0].name == "gap"
@@ -249,7 +249,7 @@ def test_an_id_that_redis_has_lost(serve: Serve, redis: Redis, readers: Readers)
         *(["2-0", "4-0"], ["4-0"], everything, [], everything)
     ]
     assert [len(source.gaps) for source in asked] == [0, 0, 1, 0, 1]
-    # The gap is told once, and its id is good on every server.
+    # There is one gap, and its id is good on every server.
     gap = next(event for event in asked[2].events if event.name == "gap")
     (again,) = readers.open(serve(redis.port).port, last_event_id=gap.id)
     wait_for_data([again], 4)

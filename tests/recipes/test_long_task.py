@@ -348,7 +348,7 @@ def test_sqlite_is_locked_by_somebody_else() -> None:
 
 
 def test_the_database_comes_back_empty(postgres: Postgres) -> None:
-    """Its tasks are gone, which is told, and new ones can be started."""
+    """Its tasks are gone: a 404 says so. New ones can be started."""
     with place(postgres.database_url) as here:
         server = here.serve()
         task_id = start_task(server, 60, 0.5)

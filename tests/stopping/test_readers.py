@@ -139,7 +139,7 @@ def test_stuck_readers_hold_up_nobody(server: Process) -> None:
 
 
 def test_limit_of_streams(start: Start) -> None:
-    """`--limit-concurrency 4` serves three streams; who comes then gets a 503, and comes again."""
+    """`--limit-concurrency 4` serves three streams; the next reader gets a 503, and tries again."""
     server = start(*UVICORN, "--limit-concurrency", "4")
     streams = [RawReader(server.port, "/ndjson?interval=10") for _ in range(3)]
     assert read_until(streams, lambda: all(stream.arrivals for stream in streams))

@@ -29,7 +29,7 @@ class Event(NamedTuple):
 
 
 class EventSource:
-    """Reads one stream, for ever: when a connection ends, it comes back after its last event."""
+    """Reads one stream forever: when a connection ends, it comes back after its last event."""
 
     def __init__(
         self, port: int, path: str = "/feed/goals", last_event_id: str = "", receive_buffer: int = 0
