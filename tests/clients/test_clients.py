@@ -3,7 +3,6 @@
 import ast
 import asyncio
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,19 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import aclosing
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import assert_type
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import client_async
+import client_sync
+from tests.clients.conftest import Main, Run
 from tests.support.processes import (
-    ENVIRONMENT,
     LIMIT,
     ROOT,
     Process,
@@ -66,79 +67,6 @@ def path_of(client: str) -> str:
 def first_two(client: str) -> list[bytes]:
     """Two pieces of a stream, an A and a B; each is one arrival for this client."""
     return [b"A\n", b"B\n"] if client == "client" else [event(0, 2, "A"), event(1, 2, "B")]
-
-
-# Helpers ------------------------------------------------------------------------------------------
-
-
-class Running:
-    """A client in a process of its own, and what it has printed so far."""
-
-    def __init__(self, folder: Path, client: str, *arguments: str) -> None:
-        self.out, self.err = folder / f"{client}.out", folder / f"{client}.err"
-        with self.out.open("wb") as out, self.err.open("wb") as err:
-            command = [sys.executable, str(ROOT / f"{client}.py"), *arguments]
-            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
-
-    def lines(self) -> list[str]:
-        return self.out.read_text().splitlines()
-
-    def wait_for_lines(self, count: int) -> list[str]:
-        wait_for(lambda: len(self.lines()) >= count, f"{count} lines from {self.popen.args!r}")
-        return self.lines()
-
-    def wait(self) -> int:
-        return self.popen.wait(LIMIT)
-
-    @property
-    def errors(self) -> list[str]:
-        return self.err.read_text().splitlines()
-
-
-Run = Callable[..., Running]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    """Start clients: `run(client, url)`."""
-    running: list[Running] = []
-
-    def run(client: str, *arguments: str) -> Running:
-        running.append(Running(tmp_path, client, *arguments))
-        return running[-1]
-
-    yield run
-    for client in running:
-        client.popen.kill()
-        client.wait()
-
-
-class Printed(NamedTuple):
-    status: int
-    out: list[str]
-    err: list[str]
-
-    @property
-    def ids(self) -> list[int]:
-        return [json.loads(line.split("  ")[1])["event_id"] for line in self.out]
-
-
-Main = Callable[..., Printed]
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Main:
-    """Run a client's `main()` in this process: quicker, and its constants can be changed."""
-
-    def main(client: str, url: str, **constants: float) -> Printed:
-        # Without pytest's handlers a warning goes where a person sees it.
-        monkeypatch.setattr(logging.getLogger(client), "propagate", False)
-        monkeypatch.setattr(sys, "argv", [f"{client}.py", url])
-        status = load(client, **constants).main()
-        out, err = capfd.readouterr()
-        return Printed(status, out.splitlines(), err.splitlines())
-
-    return main
 
 
 def in_turn(*answers: bytes) -> Answer:
@@ -578,10 +506,10 @@ def test_cut_in_a_line_and_in_a_character_it_resumes(client: str, cut: str, main
     assert summary.startswith("10 events in ")
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+@pytest.mark.parametrize("status", [408, 425, 503])
 @both_line_readers
 def test_try_again_later_is_tried_again(client: str, status: int, main: Main) -> None:
-    """Of 408, 425 and 429 RFC 9110, 8470 and 6585 say that they are temporary."""
+    """Of 408 and 425 RFC 9110 and 8470 say that they are temporary. (429 and 500 are above.)"""
     later = error(f"{status} Later", headers=b"Retry-After: 1\r\n")
 
     def answer(connection: Connection) -> None:
@@ -716,34 +644,7 @@ def test_the_last_attempt_may_succeed(client: str) -> None:
         assert 0.4 < second - first < 9
 
 
-@both_line_readers
-def test_killed_and_started_again_nothing_is_lost(client: str, server: Process, run: Run) -> None:
-    running = run(client, f"{server.url}/ndjson?interval=0.1")
-    running.wait_for_lines(3)
-    server.kill()
-    server.start()
-    assert running.wait() == 0
-    assert Printed(0, running.lines(), []).ids == ALL
-    warning, summary = running.errors
-    assert re.fullmatch(r"The stream broke off after event \d \(.*\); resuming it\.", warning)
-    assert summary.startswith("10 events in ")
-
-
 # From another program -----------------------------------------------------------------------------
-
-
-def python(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Run Python in a folder; return the exit status and what it printed."""
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT * 3)
-    return done.returncode, done.stdout, done.stderr
-
-
-@all_clients
-def test_importing_does_nothing(client: str) -> None:
-    code = f"import {client}, logging; print(logging.root.handlers)"
-    assert python(ROOT, "-X", "dev", "-c", code) == (0, "[]\n", "")
-
 
 READ_ALL = {
     "client_sync": "print([event['event_id'] for event in read_events({url!r})])",
@@ -759,11 +660,19 @@ asyncio.run(main())""",
 def test_copied_away_alone_read_events_works_and_the_script_says_what_it_lacks(
     client: str, shared_server: Process, tmp_path: Path
 ) -> None:
+    def python(*arguments: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-X", "dev", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT * 3
+        )
+        return done.returncode, done.stdout, done.stderr
+
     shutil.copy(ROOT / f"{client}.py", tmp_path)
     url = f"{shared_server.url}/ndjson?interval=0"
-    program = f"from {client} import read_events\n" + READ_ALL[client].format(url=url)
-    assert python(tmp_path, "-c", program) == (0, f"{ALL}\n", "")
-    assert python(tmp_path, f"{client}.py", url) == (
+    program = f"from {client} import read_events\n{READ_ALL[client].format(url=url)}\n"
+    program += "import logging; print(logging.root.handlers)"  # an import changes nothing
+    assert python("-c", program) == (0, f"{ALL}\n[]\n", "")
+    assert python(f"{client}.py", url) == (
         1,
         "",
         "Printing needs client.py in this folder too (No module named 'client'); "
@@ -782,36 +691,28 @@ def test_what_the_line_readers_share_is_the_same_to_the_letter() -> None:
     assert shared(*LINE_READERS) == shared(*LINE_READERS[::-1])
 
 
+def first_sync(url: str) -> client_sync.Event:
+    """Leave the loop after the first event. (What types there are, `mypy .` checks.)"""
+    for item in client_sync.read_events(url):
+        assert_type(item["event_id"], int)
+        return item
+    raise AssertionError
+
+
+async def first_async(url: str) -> client_async.Event:
+    async with aclosing(client_async.read_events(url)) as stream:
+        async for item in stream:
+            assert_type(item["data"], str)
+            return item
+    raise AssertionError
+
+
 @both_line_readers
 def test_leaving_the_loop_closes_the_connection(client: str) -> None:
-    async def first_async(url: str) -> Any:
-        async with aclosing(load(client).read_events(url)) as stream:
-            return await anext(stream)
-
     with wrong_server(stall(CHUNKED + chunk(events(0, 3)))) as server:
         if client == "client_sync":
-            item = next(load(client).read_events(server.url))
+            item = dict(first_sync(server.url))
         else:
-            item = asyncio.run(first_async(server.url))
+            item = dict(asyncio.run(first_async(server.url)))
         assert item["event_id"] == 0
         wait_for(lambda: server.connections[0].closed, "the server to see that the reader is gone")
-
-
-def test_types_for_a_program_that_uses_them(tmp_path: Path, monkeypatch: Any) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import client_async, client_sync\n"
-        "\n"
-        "def ids(url: str) -> list[int]:\n"
-        "    return [event['event_id'] for event in client_sync.read_events(url)]\n"
-        "\n"
-        "async def texts(url: str) -> list[str]:\n"
-        "    return [event['data'] async for event in client_async.read_events(url)]\n"
-        "\n"
-        "def wrong(url: str) -> list[str]:\n"
-        "    return [event['event_id'] for event in client_sync.read_events(url)]\n"
-    )
-    monkeypatch.setenv("MYPYPATH", str(ROOT))
-    _, stdout, _ = python(ROOT, "-m", "mypy", "--strict", str(program))
-    (error_line,) = [line for line in stdout.splitlines() if ": error:" in line]
-    assert "program.py:10:" in error_line

@@ -1,10 +1,9 @@
-"""Readers that others wrote get all ten events: curl, httpx-sse and Node's eventsource."""
+"""Readers that others wrote get all ten events: httpx-sse and Node's eventsource."""
 
 import json
 import subprocess
 
 import httpx
-import pytest
 from httpx_sse import connect_sse
 
 from tests.support.npm import node_modules
@@ -15,16 +14,6 @@ TEN = [
 ]
 
 
-@pytest.mark.parametrize("path", ["/ndjson", "/sse"])
-def test_curl(shared_server: Process, path: str) -> None:
-    curl = need("curl", "curl")
-    url = f"{shared_server.url}{path}?interval=0.02"
-    result = subprocess.run([curl, "-sN", url], capture_output=True, timeout=LIMIT, check=True)
-    lines = result.stdout.decode().splitlines()
-    data = [line.removeprefix("data: ") for line in lines if '"event_id"' in line]
-    assert [json.loads(line) for line in data] == TEN
-
-
 def test_httpx_sse(shared_server: Process) -> None:
     url = f"{shared_server.url}/sse?interval=0.02"
     with httpx.Client() as client, connect_sse(client, "GET", url) as source:
@@ -33,11 +22,6 @@ def test_httpx_sse(shared_server: Process) -> None:
     assert [event.id for event in events] == [str(i) for i in range(10)]
     assert {event.event for event in events} == {"message"}, "a plain onmessage sees all of them"
     assert {event.retry for event in events} == {1000}
-
-
-def test_httpx_lines(shared_server: Process) -> None:
-    with httpx.stream("GET", f"{shared_server.url}/ndjson?interval=0.02") as response:
-        assert [json.loads(line) for line in response.iter_lines()] == TEN
 
 
 def test_node_eventsource_stops_by_itself_at_the_204(server: Process) -> None:

@@ -1,7 +1,4 @@
-"""The clients in an odd environment, and before odd answers: what they say is true, in one line.
-
-Proxies and certificates come from the environment, so these clients run in processes of their own.
-"""
+"""The clients in an odd environment, and before odd answers: what they say is true, in one line."""
 
 import asyncio
 import os
@@ -10,14 +7,14 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.processes import LIMIT, free_port, need, run_client, wait_for
+from tests.clients.conftest import Main
+from tests.support.processes import LIMIT, free_port, need, run_client
 from tests.support.wrong_servers import (
     ALL,
     CHUNKED,
@@ -25,7 +22,6 @@ from tests.support.wrong_servers import (
     END,
     STREAM,
     WHOLE,
-    Connection,
     WrongServer,
     all_clients,
     both_line_readers,
@@ -44,51 +40,61 @@ FROM_THE_ENVIRONMENT = {
 }
 
 
-def run(client: str, url: str, **variables: str) -> tuple[int, str]:
-    """Run a client with these variables, and none of the kind besides; return its last line."""
-    kept = {k: v for k, v in os.environ.items() if k.upper() not in FROM_THE_ENVIRONMENT}
-    done = run_client(f"{client}.py", url, env={**kept, **variables})
-    assert "Traceback" not in done.stderr
-    assert "standard output" not in done.stderr
-    return done.returncode, done.stderr.splitlines()[-1]
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """None of this machine's proxies and certificates; each test sets its own."""
+    for name in set(os.environ):
+        if name.upper() in FROM_THE_ENVIRONMENT:
+            monkeypatch.delenv(name)
+    return monkeypatch
 
 
-def proxies(address: str) -> dict[str, str]:
-    return {"http_proxy": address, "https_proxy": address}
+def set_proxies(environment: pytest.MonkeyPatch, address: str) -> None:
+    environment.setenv("http_proxy", address)
+    environment.setenv("https_proxy", address)
 
 
 # Certificates -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-@pytest.mark.parametrize("what", ["missing", "garbage"])
+@pytest.mark.parametrize(
+    ("variable", "content"), [("REQUESTS_CA_BUNDLE", None), ("CURL_CA_BUNDLE", "no certificate")]
+)
 @with_requests
 def test_certificates_that_cannot_be_used(
-    client: str, what: str, variable: str, tmp_path: Path
+    client: str,
+    variable: str,
+    content: str | None,
+    main: Main,
+    environment: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     bundle = tmp_path / "ca.pem"
-    if what == "garbage":
-        bundle.write_text("no certificate")
+    if content:
+        bundle.write_text(content)
+    environment.setenv(variable, str(bundle))
     with wrong_server(WHOLE) as server:
         url = server.url.replace("http:", "https:")
-        status, sentence = run(client, url, **{variable: str(bundle)})
-        assert status == 1
+        printed = main(client, url)
+        assert printed.status == 1
         assert re.match(
-            f"Cannot (connect to|read) {url}: .*({bundle}|no certificate or crl)", sentence
+            f"Cannot (connect to|read) {url}: .*({bundle}|no certificate or crl)", printed.err[-1]
         )
         # Without TLS, nobody needs them.
-        status, _ = run(client, server.url, **{variable: str(bundle)})
-        assert status == 0
+        assert main(client, server.url).status == 0
 
 
-def test_a_file_of_the_environment_is_told_at_once_by_its_name(tmp_path: Path) -> None:
+def test_a_file_of_the_environment_is_told_at_once_by_its_name(
+    main: Main, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """aiohttp itself cannot be imported then."""
     log = str(tmp_path / "missing" / "keys")
+    environment.setenv("SSLKEYLOGFILE", log)
     with wrong_server(WHOLE) as server:
         url = server.url.replace("http:", "https:")
-        status, sentence = run("client_sync", url, SSLKEYLOGFILE=log)
-    assert status == 1
-    assert sentence.startswith(f"Cannot read {url}: No such file or directory: {log}. ")
+        printed = main("client_sync", url)
+    assert printed.status == 1
+    assert printed.err[-1].startswith(f"Cannot read {url}: No such file or directory: {log}. ")
 
 
 @pytest.fixture
@@ -122,17 +128,17 @@ def tls_server(tmp_path: Path) -> Iterator[WrongServer]:
 def test_a_certificate_that_is_not_trusted(
     client: str, tls_server: WrongServer, tmp_path: Path
 ) -> None:
-    status, sentence = run(client, tls_server.url)
-    assert status == 1
-    assert "certificate verify failed" in sentence
+    """In a process of its own: aiohttp reads the certificates when it is imported."""
     bundle = str(tmp_path / "cert.pem")
-    status, _ = run(client, tls_server.url, REQUESTS_CA_BUNDLE=bundle, SSL_CERT_FILE=bundle)
-    assert status == 0
-    # For another name than the certificate's it is not trusted either.
-    url = tls_server.url.replace("localhost", "127.0.0.1")
-    status, sentence = run(client, url, REQUESTS_CA_BUNDLE=bundle, SSL_CERT_FILE=bundle)
-    assert status == 1
-    assert "certificate verify failed" in sentence
+    trusting = {**os.environ, "REQUESTS_CA_BUNDLE": bundle, "SSL_CERT_FILE": bundle}
+    trusted = run_client(f"{client}.py", tls_server.url, env=trusting)
+    assert trusted.returncode == 0, trusted.stderr
+    other_name = tls_server.url.replace("localhost", "127.0.0.1")  # than the certificate's
+    for url, env in ((tls_server.url, {**os.environ}), (other_name, trusting)):
+        refused = run_client(f"{client}.py", url, env=env)
+        assert refused.returncode == 1
+        (sentence,) = refused.stderr.splitlines()
+        assert "certificate verify failed" in sentence
 
 
 # Proxies ------------------------------------------------------------------------------------------
@@ -140,71 +146,79 @@ def test_a_certificate_that_is_not_trusted(
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @all_clients
-def test_a_dead_proxy_is_not_mistaken_for_the_server(client: str, scheme: str) -> None:
+def test_a_dead_proxy_is_not_mistaken_for_the_server(
+    client: str, scheme: str, main: Main, environment: pytest.MonkeyPatch
+) -> None:
+    set_proxies(environment, f"http://127.0.0.1:{free_port()}")
     with wrong_server(WHOLE) as server:
-        proxy = f"http://127.0.0.1:{free_port()}"
-        url = server.url.replace("http:", f"{scheme}:")
-        status, sentence = run(client, url, **proxies(proxy))
-        assert status == 1
-        assert re.match(r"Cannot (connect to|read) .*: the proxy failed \(", sentence)
+        printed = main(client, server.url.replace("http:", f"{scheme}:"))
+        assert printed.status == 1
+        assert re.match(r"Cannot (connect to|read) .*: the proxy failed \(", printed.err[-1])
         assert not server.connections
-        # NO_PROXY goes around it.
-        status, _ = run(client, server.url, **proxies(proxy), no_proxy="127.0.0.1")
-        assert status == 0
+        environment.setenv("no_proxy", "127.0.0.1")  # goes around it
+        assert main(client, server.url).status == 0
 
 
 @pytest.mark.parametrize("proxy", ["socks5h://127.0.0.1:1", "http://no-such-host.invalid:1"])
 @all_clients
-def test_it_is_the_proxy_that_cannot_be_reached(client: str, proxy: str) -> None:
+def test_it_is_the_proxy_that_cannot_be_reached(
+    client: str, proxy: str, main: Main, environment: pytest.MonkeyPatch
+) -> None:
+    set_proxies(environment, proxy)
     with wrong_server(WHOLE) as server:
-        status, sentence = run(client, server.url, **proxies(proxy))
+        printed = main(client, server.url)
         assert not server.connections
-    assert status == 1
+    assert printed.status == 1
     assert re.match(
-        r"Cannot (connect to|read) .*: (the proxy failed|a redirect or a proxy)", sentence
+        r"Cannot (connect to|read) .*: (the proxy failed|a redirect or a proxy)", printed.err[-1]
     )
 
 
 @pytest.mark.parametrize("proxy", ["http://", "http://[::1", "http://127.0.0.1:99999", "://", " "])
 @all_clients
-def test_a_proxy_that_is_no_address(client: str, proxy: str) -> None:
+def test_a_proxy_that_is_no_address(
+    client: str, proxy: str, main: Main, environment: pytest.MonkeyPatch
+) -> None:
+    set_proxies(environment, proxy)
     with wrong_server(WHOLE) as server:
-        status, sentence = run(client, server.url, **proxies(proxy))
+        printed = main(client, server.url)
     # Where a library ignores such a proxy, the stream is read.
-    assert status == 0 or re.match(r"Cannot (connect to|read) ", sentence)
-    assert "nobody listens" not in sentence
+    assert printed.status == 0 or re.match(r"Cannot (connect to|read) ", printed.err[-1])
+    assert "nobody listens" not in printed.err[-1]
 
 
 @pytest.mark.parametrize("status", ["407 Proxy Authentication Required", "502 Bad Gateway"])
 @all_clients
-def test_a_proxy_that_refuses_to_connect(client: str, status: str) -> None:
+def test_a_proxy_that_refuses_to_connect(
+    client: str, status: str, main: Main, environment: pytest.MonkeyPatch
+) -> None:
+    url = "https://example.invalid/"
     with wrong_server(error(status)) as proxy:
-        url = "https://example.invalid/"
-        exit_status, sentence = run(client, url, **proxies(proxy.url.removesuffix("/ndjson")))
-    assert exit_status == 1
-    assert re.match(rf"Cannot (connect to|read) {url}: the proxy failed \(", sentence)
-    assert status.split(" ", 1)[1] in sentence
+        set_proxies(environment, proxy.url.removesuffix("/ndjson"))
+        printed = main(client, url)
+    assert printed.status == 1
+    assert re.match(rf"Cannot (connect to|read) {url}: the proxy failed \(", printed.err[-1])
+    assert status.split(" ", 1)[1] in printed.err[-1]
 
 
 @all_clients
-def test_a_proxy_that_works(client: str) -> None:
+def test_a_proxy_that_works(client: str, main: Main, environment: pytest.MonkeyPatch) -> None:
     with wrong_server(WHOLE) as proxy:
-        status, _ = run(
-            client, "http://example.invalid/", **proxies(proxy.url.removesuffix("/ndjson"))
-        )
+        set_proxies(environment, proxy.url.removesuffix("/ndjson"))
+        assert main(client, "http://example.invalid/").status == 0
         assert [connection.path for connection in proxy.connections] == ["http://example.invalid/"]
-    assert status == 0
 
 
-@pytest.mark.parametrize("netrc", ["missing", "machine\nwhat is this"])
 @all_clients
-def test_a_netrc_that_cannot_be_used(client: str, netrc: str, tmp_path: Path) -> None:
+def test_a_netrc_that_cannot_be_used(
+    client: str, main: Main, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     file = tmp_path / "netrc"
-    if netrc != "missing":
-        file.write_text(netrc)
+    environment.setenv("NETRC", str(file))
     with wrong_server(WHOLE) as server:
-        status, _ = run(client, server.url, NETRC=str(file))
-    assert status == 0
+        assert main(client, server.url).status == 0
+        file.write_text("machine\nwhat is this")
+        assert main(client, server.url).status == 0
 
 
 # Odd answers --------------------------------------------------------------------------------------
@@ -215,33 +229,16 @@ EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n"
 
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", EARLY_HINTS * 2])
 @all_clients
-def test_an_interim_answer_comes_first(client: str, interim: bytes) -> None:
+def test_an_interim_answer_comes_first(client: str, interim: bytes, main: Main) -> None:
     with wrong_server(interim + WHOLE) as server:
-        status, sentence = run(client, server.url)
+        printed = main(client, server.url)
         assert len(server.connections) == 1
     if "103" not in str(interim) or client == "client_async":
-        assert status == 0
+        assert printed.status == 0
     else:  # http.client takes it for the answer, and there is no way to read on
-        assert status == 1
-        assert "answered 103 Early Hints" in sentence
-        assert "interim" in sentence
-
-
-@both_line_readers
-def test_an_interim_answer_and_then_silence(client: str) -> None:
-    def answer(connection: Connection) -> None:
-        connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        connection.wait_until_closed()
-
-    module = load(client, CONNECT_TIMEOUT=0.5, STALL_TIMEOUT=0.5, GIVE_UP_AFTER=0.5)
-    with wrong_server(answer) as server:
-        begun = time.monotonic()
-        ids, sentence = read(module, server.url)
-        assert ids == []
-        assert sentence
-        assert "most recently because it timed out" in sentence
-        assert time.monotonic() - begun < LIMIT
-        wait_for(lambda: server.connections[0].closed, "the connection to be closed")
+        assert printed.status == 1
+        assert "answered 103 Early Hints" in printed.err[-1]
+        assert "interim" in printed.err[-1]
 
 
 @both_line_readers
@@ -272,15 +269,6 @@ def test_odd_lines(client: str, case: str) -> None:
     else:
         assert sentence
         assert "sent a line that is not an event: b'" in sentence
-
-
-@both_line_readers
-def test_an_address_that_is_no_text_is_told_at_once(client: str) -> None:
-    address: Any = None
-    ids, sentence = read(load(client, FIRST_DELAY=LIMIT), address)
-    assert ids == []
-    assert sentence
-    assert sentence.startswith("Cannot read None: ")
 
 
 @both_line_readers

@@ -66,13 +66,6 @@ def sessions() -> ASGIApp:
     return app
 
 
-def router() -> ASGIApp:
-    """None of main.py's middlewares is there."""
-    app = FastAPI()
-    app.include_router(main.app.router)
-    return app
-
-
 def mounted() -> ASGIApp:
     app = FastAPI()
     app.mount("/sub", main.app)

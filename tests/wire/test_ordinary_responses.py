@@ -29,14 +29,15 @@ def app(start: Start) -> App:
     return start_app
 
 
-def assert_live_and_whole(server: Process, path: str) -> None:
+def assert_live_and_whole(server: Process, paths: tuple[str, ...]) -> None:
     """Three events, half a second apart, the first before the last is made; a proper end."""
-    reader = RawReader(server.port, f"{path}?steps=3&interval=0.5")
-    assert read_until([reader], lambda: reader.ended_at)
-    assert reader.status == 200
-    assert reader.ended_properly
-    assert event_ids(f"/{path.rpartition('/')[2]}", bytes(reader.body)) == [0, 1, 2]
-    assert reader.arrivals[-1] - reader.arrivals[0] > 0.4
+    readers = [RawReader(server.port, f"{path}?steps=3&interval=0.5") for path in paths]
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    for path, reader in zip(paths, readers, strict=True):
+        assert reader.status == 200
+        assert reader.ended_properly
+        assert event_ids(f"/{path.rpartition('/')[2]}", bytes(reader.body)) == [0, 1, 2]
+        assert reader.arrivals[-1] - reader.arrivals[0] > 0.4
 
 
 def assert_ends_when_stopped(server: Process, paths: tuple[str, ...], headers: str = "") -> None:
@@ -52,8 +53,8 @@ def assert_ends_when_stopped(server: Process, paths: tuple[str, ...], headers: s
 @in_both_orders
 def test_cors(app: App, order: dict[str, str]) -> None:
     server = app("cors", order)
+    assert_live_and_whole(server, STREAMS)
     for path in STREAMS:
-        assert_live_and_whole(server, path)
         for last in ("", "3", "9"):  # a 200, a 200, a 204 where it can be resumed
             headers = {"Origin": "http://elsewhere"} | ({"Last-Event-ID": last} if last else {})
             answer = requests.get(f"{server.url}{path}?interval=0", headers=headers, timeout=LIMIT)
@@ -62,11 +63,10 @@ def test_cors(app: App, order: dict[str, str]) -> None:
     assert_ends_when_stopped(server, STREAMS)
 
 
-@in_both_orders
 def test_a_page_of_another_origin_reads_them(
-    browser: Browser, app: App, order: dict[str, str], shared_server: Process
+    browser: Browser, app: App, shared_server: Process
 ) -> None:
-    other = app("cors", order)
+    other = app("cors")
     browser.open(f"{shared_server.url}/text?steps=1")  # without the page's policy
     browser.run(
         """
@@ -88,8 +88,8 @@ def test_a_page_of_another_origin_reads_them(
 def test_http_middleware(app: App, order: dict[str, str]) -> None:
     """`@app.middleware("http")`, which most apps have one of."""
     server = app("http", order)
+    assert_live_and_whole(server, STREAMS)
     for path in STREAMS:
-        assert_live_and_whole(server, path)
         answer = requests.get(f"{server.url}{path}?interval=0", timeout=LIMIT)
         assert answer.headers["X-Mark"] == "seen"
     answer = requests.get(f"{server.url}/sse", headers={"Last-Event-ID": "9"}, timeout=LIMIT)
@@ -98,28 +98,10 @@ def test_http_middleware(app: App, order: dict[str, str]) -> None:
 
 
 @in_both_orders
-def test_http_middleware_and_a_reader_that_leaves(app: App, order: dict[str, str]) -> None:
-    server = app("http", order)
-    assert_leaving_closes_the_generator(server)
-
-
-def assert_leaving_closes_the_generator(server: Process, prefix: str = "") -> None:
-    """A stream that nobody reads any more ends: the server has nothing left to wait for."""
-    readers = [RawReader(server.port, f"{prefix}{path}?interval=10") for path in STREAMS]
-    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
-    for reader in readers:
-        reader.close()
-    server.signal(15)
-    server.wait()
-    assert not re.search("Traceback|ERROR", server.log), server.log
-
-
-@in_both_orders
 def test_gzip(app: App, order: dict[str, str]) -> None:
     """Each event arrives at once, compressed or not; Starlette leaves SSE uncompressed."""
     server = app("gzip", order)
     for path in STREAMS:
-        assert_live_and_whole(server, path)
         url = f"{server.url}{path}?steps=3&interval=0.5"
         with requests.get(url, stream=True, timeout=LIMIT) as answer:
             compressed = answer.headers.get("Content-Encoding") == "gzip"
@@ -139,36 +121,33 @@ def test_router_and_sessions(app: App) -> None:
             assert visitor.get(f"{server.url}{path}?interval=0", timeout=LIMIT).ok
             assert visitor.cookies
             assert visitor.get(f"{server.url}/visits", timeout=LIMIT).json() == 2 * visits
-    for path in STREAMS:
-        assert_live_and_whole(server, path)
+    assert_live_and_whole(server, STREAMS)
+    # A stream that nobody reads any more ends: the server has nothing left to wait for.
+    readers = [RawReader(server.port, f"{path}?interval=10") for path in STREAMS]
+    assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
+    for reader in readers:
+        reader.close()
+    server.signal(15)
+    server.wait()
+    assert not re.search("Traceback|ERROR", server.log), server.log
 
 
-def test_router(app: App) -> None:
-    server = app("router")
-    for path in STREAMS:
-        assert_live_and_whole(server, path)
-    assert_leaving_closes_the_generator(server)
-
-
-def test_mounted(app: App) -> None:
-    server = app("mounted")
-    paths = tuple(f"/sub{path}" for path in STREAMS)
+@pytest.mark.parametrize(
+    ("name", "paths", "unmarked"),
+    [
+        ("mounted", ("/sub/text", "/sub/ndjson", "/sub/sse"), ()),
+        ("mounted_inside", ("/sub/text", "/sub/ndjson", "/mount/ndjson", "/sse"), ("/sse",)),
+    ],
+)
+def test_mounted(app: App, name: str, paths: tuple[str, ...], unmarked: tuple[str, ...]) -> None:
+    """In another app, and an app and a mount in main.py's; each with middlewares of its own."""
+    server = app(name)
+    assert_live_and_whole(server, paths)
     for path in paths:
-        assert_live_and_whole(server, path)
-    answer = requests.get(f"{server.url}/sub/sse?interval=0", timeout=LIMIT)
-    assert answer.headers["X-Mark"] == "seen"
-    assert_ends_when_stopped(server, paths)
-
-
-def test_mounted_below(app: App) -> None:
-    """An app below main.py's, and a mount, both with middlewares of their own."""
-    server = app("mounted_inside")
-    for path in ("/sub/text", "/sub/ndjson", "/sub/sse", "/mount/ndjson", "/sse"):
-        assert_live_and_whole(server, path)
         answer = requests.get(f"{server.url}{path}?interval=0", timeout=LIMIT)
-        assert answer.headers.get("X-Mark") == (None if path == "/sse" else "seen")
+        assert answer.headers.get("X-Mark") == (None if path in unmarked else "seen")
         assert answer.text.count("Step") == 10
-    assert_ends_when_stopped(server, ("/sub/sse", "/mount/ndjson", "/sse"))
+    assert_ends_when_stopped(server, paths)
 
 
 def test_a_dependency_is_closed_after_the_stream(app: App) -> None:
