@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,9 +24,7 @@ STOPS_WITHOUT_A_SIGNAL = {"limit": "/short", "limit, two copies": "/short", "sho
         ("limit, two copies", 0),
         ("should_exit", 0),
         ("replaced", signal.SIGTERM),
-        ("replaced", signal.SIGINT),
         ("chained", signal.SIGTERM),
-        ("on the loop", signal.SIGTERM),
         ("on the loop", signal.SIGINT),
     ],
 )
@@ -111,3 +110,10 @@ assert depths == [3], depths
 assert calls == [signal.SIGTERM]
 """)
     assert result.returncode == 0, result.stderr
+
+
+def test_it_needs_the_standard_library_alone(tmp_path: Path) -> None:
+    copy_section(4, tmp_path / "end_streams.py")
+    # Without site-packages: https://docs.python.org/3/using/cmdline.html#cmdoption-S
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); from end_streams import EndStreams"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)

@@ -12,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, need, run_python
-from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
+from tests.support.raw_reader import RawReader, read_until, wait_until_idle
 from tests.support.stopping import KINDS, Streams, assert_no_error, terminate
 
 UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}", "--no-access-log")
@@ -23,60 +23,39 @@ def save_a_file(server: Process) -> None:
     Path(server.options["cwd"], "saved.py").touch()
 
 
+# In a mounted app, from the outside; one in the outer app and one in the mounted; among others'
+# middlewares: `@app.middleware("http")` inside, outside or both, gzip, another `EndStreams`.
+MOUNTS = ["", "/mounted", "/nested"]
+AMONG = ["/end_http", "/http_end", "/http_end_http", "/end_end", "/end_gzip", "/gzip_end"]
+
+
 @pytest.mark.parametrize(
-    ("options", "stop"),
-    [([], terminate), (["--reload"], save_a_file)],
-    ids=["SIGTERM", "reload"],
+    ("app", "prefixes", "options", "stop"),
+    [
+        (APP, MOUNTS, [], terminate),
+        (APP, MOUNTS, ["--reload"], save_a_file),
+        (STACKS, AMONG, [], terminate),
+    ],
+    ids=["SIGTERM", "reload", "among middlewares"],
 )
-def test_200_streams_of_each_kind(
-    options: list[str], stop: Callable[[Process], None], start: Start, tmp_path: Path
+def test_streams_of_each_kind(
+    app: str,
+    prefixes: list[str],
+    options: list[str],
+    stop: Callable[[Process], None],
+    start: Start,
+    tmp_path: Path,
 ) -> None:
-    curl = need("curl", "curl")
-    with many_descriptors(4096):
-        # In a folder of its own, where a saved file reloads no other server.
-        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        server = start(*UVICORN, APP, *options, cwd=tmp_path, env=environment)
-        curls = [
-            subprocess.Popen(
-                [curl, "-sN", f"{server.url}{kind}?reader=curl&interval=0.5"],
-                stdout=subprocess.PIPE,
-            )
-            for kind in KINDS
-        ]
-        for process in curls:
-            assert process.stdout
-            assert process.stdout.read(1)
-        streams = Streams(server, KINDS, 200)
-        stop(server)
-        streams.assert_ended_properly()
-    assert [process.wait(LIMIT) for process in curls] == [0, 0, 0, 0]
+    # In a folder of its own, where a saved file reloads no other server.
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    server = start(*UVICORN, app, *options, cwd=tmp_path, env=environment)
+    streams = Streams(server, [prefix + kind for prefix in prefixes for kind in KINDS], 12)
+    stop(server)
+    streams.assert_ended_properly()
     if stop is save_a_file:
         server.wait_for_log("Application startup complete", count=2)
     else:
         server.wait()
-    assert_no_error(server)
-
-
-def test_mounted_and_nested(start: Start) -> None:
-    """In a mounted app, from the outside; and one in the outer app and one in the mounted."""
-    server = start(*UVICORN, APP)
-    streams = Streams(
-        server, [f"{app}{kind}" for app in ("/mounted", "/nested") for kind in KINDS], 4
-    )
-    terminate(server)
-    streams.assert_ended_properly()
-    server.wait()
-    assert_no_error(server)
-
-
-def test_among_other_middlewares(start: Start) -> None:
-    """`@app.middleware("http")` inside and outside of it, or both, gzip, another `EndStreams`."""
-    server = start(*UVICORN, STACKS)
-    stacks = ("/end_http", "/http_end", "/http_end_http", "/end_end", "/end_gzip", "/gzip_end")
-    streams = Streams(server, [f"{stack}{kind}" for stack in stacks for kind in KINDS], 4)
-    terminate(server)
-    streams.assert_ended_properly()
-    server.wait()
     assert_no_error(server)
 
 
@@ -187,8 +166,7 @@ def test_generators_that_raise_or_take_their_time(start: Start) -> None:
     read_to_the_end(raises)
     raises_at_last = RawReader(server.port, "/raises_at_last?reader=raises_at_last")
     slow = RawReader(server.port, "/slow_to_close?reader=slow")
-    polling = RawReader(server.port, "/polling?reader=polling")
-    readers = [raises_at_last, slow, polling]
+    readers = [raises_at_last, slow]
     assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
     terminate(server)
     for reader in readers:
@@ -197,11 +175,9 @@ def test_generators_that_raise_or_take_their_time(start: Start) -> None:
         assert reader.body == b"data: 0\n\n"
         assert not reader.ended_properly
     assert slow.ended_properly
-    assert polling.ended_properly
     server.wait()
     ends = re.findall("(?:ended|closed) .*", server.log)
-    assert sorted(ends) == ["closed slow", "ended polling", "ended slow"]
-    assert ends.index("closed slow") < ends.index("ended slow")
+    assert ends == ["closed slow", "ended slow"]
     assert re.findall("^RuntimeError: .*", server.log, re.M) == [
         "RuntimeError: in mid-stream",
         "RuntimeError: at last",
@@ -269,30 +245,3 @@ for _ in range(2):
 """)
     assert result.returncode == 0, result.stderr
     assert not re.search("Traceback|ERROR", result.stderr), result.stderr
-
-
-def test_the_handlers_of_signals_do_not_pile_up() -> None:
-    """With a loop for each request, as test suites have it, and with two copies of the class."""
-    result = run_python("""
-import asyncio, importlib.util, inspect, signal
-import main
-spec = importlib.util.spec_from_file_location("copied", main.__file__)
-copied = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(copied)
-
-depths = []
-for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, lambda signum, frame: depths.append(len(inspect.stack())))
-
-async def app(scope, receive, send):
-    pass
-
-both = main.EndStreams(copied.EndStreams(app))
-for _ in range(100):
-    asyncio.run(both({"type": "http", "asgi": {}}, None, None))
-    signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGTERM)
-assert len(depths) == 200, depths
-assert len(set(depths)) == 1, depths
-""")
-    assert result.returncode == 0, result.stderr

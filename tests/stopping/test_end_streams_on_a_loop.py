@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import pytest
@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from main import EndStreams
 from tests.support.processes import LIMIT
+
+T = TypeVar("T")
 
 ASGI = {"version": "3.0", "spec_version": "2.3"}
 HTTP: Scope = {"type": "http", "asgi": ASGI, "headers": []}
@@ -66,10 +68,14 @@ class Listener:
         await asyncio.sleep(self.patience)
 
 
-def on_a_loop(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def on_a_loop(work: Coroutine[Any, Any, T]) -> T:
     """Run it in a thread: there no signal handlers are touched."""
+
+    async def in_time() -> T:
+        return await asyncio.wait_for(work, LIMIT)
+
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, asyncio.wait_for(main(), LIMIT)).result()
+        return thread.submit(asyncio.run, in_time()).result()
 
 
 async def turns(count: int) -> None:
@@ -83,22 +89,23 @@ async def begin(server: Server) -> asyncio.Task[None]:
     return running
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_stream_is_ended_once(signals: int) -> None:
-    """Two signals may well come in one turn: from the terminal, and from a parent process."""
+async def stopped(app: ASGIApp, scope: Scope = HTTP, turn: int = 0) -> Server:
+    """Ask an app, stop the server some turns later; wait until the app has returned."""
+    server = Server(EndStreams(app), scope)
+    running = await begin(server)
+    await turns(turn)
+    EndStreams.stop()
+    # Two signals may well come in one turn: from the terminal, and from a parent process.
+    EndStreams.stop()
+    await running
+    assert running.cancelling() == 0
+    return server
 
-    async def main() -> None:
-        app = Listener()
-        server = Server(EndStreams(app))
-        running = await begin(server)
-        for _ in range(signals):
-            EndStreams.stop()
-        await running
-        assert app.told == [DISCONNECT]
-        assert server.ends == 1
-        assert running.cancelling() == 0
 
-    on_a_loop(main)
+def test_a_stream_is_ended_once() -> None:
+    app = Listener()
+    assert on_a_loop(stopped(app)).ends == 1
+    assert app.told == [DISCONNECT]
 
 
 def test_several_tasks_listen() -> None:
@@ -107,14 +114,19 @@ def test_several_tasks_listen() -> None:
         for message in (*await asyncio.gather(receive(), receive()), await receive()):
             assert message == DISCONNECT
 
-    async def main() -> None:
-        server = Server(EndStreams(app))
-        running = await begin(server)
-        EndStreams.stop()
-        await running
-        assert server.ends == 1
+    assert on_a_loop(stopped(app)).ends == 1
 
-    on_a_loop(main)
+
+@pytest.mark.parametrize("turn", range(6))
+def test_polling(turn: int) -> None:
+    """`request.is_disconnected()` cancels its own `receive` again and again."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(SSE)
+        while not await Request(scope, receive).is_disconnected():
+            await turns(1)
+
+    assert on_a_loop(stopped(app, turn=turn)).ends == 1
 
 
 # The cancellations of others ----------------------------------------------------------------------
@@ -189,28 +201,7 @@ def test_the_cancellations_of_others_are_not_swallowed(
         assert main_task
         assert main_task.cancelling() == 0
 
-    on_a_loop(main)
-
-
-@pytest.mark.parametrize("turn", range(6))
-def test_polling(turn: int) -> None:
-    """`request.is_disconnected()` cancels its own `receive` again and again."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send(SSE)
-        while not await Request(scope, receive).is_disconnected():
-            await turns(1)
-
-    async def main() -> None:
-        server = Server(EndStreams(app))
-        running = await begin(server)
-        await turns(turn)
-        EndStreams.stop()
-        await running
-        assert server.ends == 1
-        assert running.cancelling() == 0
-
-    on_a_loop(main)
+    on_a_loop(main())
 
 
 # What servers and apps may do, by the standard ----------------------------------------------------
@@ -225,17 +216,12 @@ def test_asgi_versions(version: str) -> None:
             yield ":\n\n"
             await asyncio.sleep(0)
 
-    async def main() -> None:
-        scope = {**HTTP, "asgi": {"version": "3.0", "spec_version": version}}
-        server = Server(
-            EndStreams(StreamingResponse(events(), media_type="text/event-stream")), scope
-        )
-        running = await begin(server)
-        EndStreams.stop()
-        await running
-        assert server.ends == 1
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = StreamingResponse(events(), media_type="text/event-stream")
+        await response(scope, receive, send)
 
-    on_a_loop(main)
+    scope = {**HTTP, "asgi": {"version": "3.0", "spec_version": version}}
+    assert on_a_loop(stopped(app, scope)).ends == 1
 
 
 @pytest.mark.parametrize(
@@ -270,41 +256,32 @@ def test_which_responses_are_ended(messages: list[Message], told_so: bool, ended
         assert told == [DISCONNECT] * told_so
 
     told: list[Message] = []
-    on_a_loop(main)
+    on_a_loop(main())
 
 
-def test_an_app_that_ends_its_body_by_itself() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await Listener()(scope, receive, send)
-        await send({"type": "http.response.body", "body": b"data: bye\n\n"})
-
-    async def main() -> None:
-        server = Server(EndStreams(app))
-        running = await begin(server)
-        EndStreams.stop()
-        await running
-        assert server.ends == 1
-
-    on_a_loop(main)
+LAST_WORDS: Message = {"type": "http.response.body", "body": b"data: bye\n\n"}
+END: Message = {"type": "http.response.body"}
+JSON = start_message(content_type="application/json")
 
 
-@pytest.mark.parametrize("more_body", [False, True])
-def test_an_app_that_answers_twice(more_body: bool) -> None:
-    """The MCP SDK's SSE transport does; what is built on it may even send a JSON `null`."""
+@pytest.mark.parametrize(
+    ("more", "passed_on"),
+    [
+        ([LAST_WORDS], [LAST_WORDS]),
+        # The MCP SDK answers again, and what is built on it may even send a JSON `null`.
+        ([JSON, {**END, "body": b"null"}], [END]),
+        ([JSON, {**END, "body": b"null", "more_body": True}], [END]),
+    ],
+)
+def test_what_an_app_sends_after_it_was_told(more: list[Message], passed_on: list[Message]) -> None:
+    """The end of its body, or a second answer, which nobody could read."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await Listener()(scope, receive, send)
-        await send(start_message(content_type="application/json"))
-        await send({"type": "http.response.body", "body": b"null", "more_body": more_body})
+        for message in more:
+            await send(message)
 
-    async def main() -> None:
-        server = Server(EndStreams(app))
-        running = await begin(server)
-        EndStreams.stop()
-        await running
-        assert server.sent == [SSE, {"type": "http.response.body"}]
-
-    on_a_loop(main)
+    assert on_a_loop(stopped(app)).sent == [SSE, *passed_on]
 
 
 def test_servers_on_one_loop() -> None:
@@ -337,4 +314,4 @@ def test_servers_on_one_loop() -> None:
         await running
         assert third.ends == 1
 
-    on_a_loop(main)
+    on_a_loop(main())

@@ -61,15 +61,15 @@ def may_vanish() -> bool:
         return True
 
 
-def test_a_thousand_readers_vanish(server: Process) -> None:
+def test_hundreds_of_readers_vanish(server: Process) -> None:
     """Closed or reset while their streams sleep, gone without a word, or blocked in sending.
 
     Seven waves of it leave no growth.
     """
     ways = [
-        ("close", "/ndjson?interval=10", 1000),
-        ("reset", "/sse?interval=10", 1000),
-        ("vanish", "/text?steps=1000&interval=0.5", 1000),
+        ("close", "/ndjson?interval=10", 500),
+        ("reset", "/sse?interval=10", 500),
+        ("vanish", "/text?steps=1000&interval=0.5", 500),
         # Each of these is sent 2 MB until the kernel's buffers are full: a few will do.
         ("close", STUCK, 10),
     ]
@@ -103,8 +103,8 @@ def test_a_thousand_readers_vanish(server: Process) -> None:
         print(f"{way} {target}: {count} gone after {took:.2f} s, then {after_wave[-1]:.1f} MB")
 
     # Python and malloc keep some of what they once had, and settle after the first waves. What a
-    # stream would leave is more: one costs 12 KB, so a wave that left its streams would add 12 MB.
-    # Here 2,000 readers may leave 4 MB, 2 KB each.
+    # stream would leave is more: one costs 12 KB, so a wave that left its streams would add 6 MB.
+    # Here 1,000 readers may leave 4 MB, 4 KB each.
     assert after_wave[-1] - after_wave[4] < 4
     assert "ERROR" not in server.log
 
@@ -112,12 +112,12 @@ def test_a_thousand_readers_vanish(server: Process) -> None:
 def test_stuck_readers_hold_up_nobody(server: Process) -> None:
     """Nor do they cost more than their buffers; and one that reads again gets every event."""
     before = memory(server)
-    stuck = [RawReader(server.port, STUCK) for _ in range(10)]
+    stuck = [RawReader(server.port, STUCK) for _ in range(5)]
     other = RawReader(server.port, "/ndjson?interval=0.2")
     assert read_until([other], lambda: other.ended_at)
     assert other.event_ids == list(range(10))
     late = [at - other.arrivals[0] - k * 0.2 for k, at in enumerate(other.arrivals)]
-    print(f"beside ten stuck readers an event was up to {max(late) * 1000:.0f} ms late")
+    print(f"beside five stuck readers an event was up to {max(late) * 1000:.0f} ms late")
 
     wait_until_idle(server)  # backpressure reached the generators
     assert closed_generators(server) == [9]  # only the other reader's
@@ -132,7 +132,7 @@ def test_stuck_readers_hold_up_nobody(server: Process) -> None:
 
     for reader in stuck:
         reader.close()
-    wait_for(lambda: len(closed_generators(server)) == 11, "the end of the generators")
+    wait_for(lambda: len(closed_generators(server)) == 6, "the end of the generators")
     reached = closed_generators(server)[2:]
     print(f"their generators waited at event {min(reached)} to {max(reached)} of 100,000")
     assert max(reached) < 90_000  # they stood still, and did not go on without a reader

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, UVICORN, Process, Start, need, run_python, wait_for
+from tests.support.processes import ROOT, UVICORN, Process, Start, run_python, wait_for
 from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
 from tests.support.stopping import assert_no_error, press_ctrl_c, terminate
 
-READERS = 200
+READERS = 100
 # How long streams may take to end in a test: on a busy machine not a quarter of a second, but far
 # less than the ten seconds that some of them would still sleep.
 SOON = 4.0
@@ -70,7 +70,6 @@ def test_every_stream_ends_at_once_and_goes_on(
     start: Start,
     tmp_path: Path,
 ) -> None:
-    curl = need("curl", "curl")
     # A copy, so that saving a file there reloads no server of another test.
     app = tmp_path / "app"
     app.mkdir()
@@ -87,13 +86,6 @@ def test_every_stream_ends_at_once_and_goes_on(
         for script in ("client_sync.py", "client_async.py")
     ]
     wait_for(lambda: all(client.printed() for client in clients), "the clients' first events")
-    curls = [
-        subprocess.Popen([curl, "-sN", f"{server.url}{path}?interval=10"], stdout=subprocess.PIPE)
-        for path in FORMATS
-    ]
-    for process in curls:
-        assert process.stdout
-        assert process.stdout.read(1)
     kinds = itertools.cycle(itertools.product(FORMATS, (10, 0.5, 0.05)))
     readers = [
         RawReader(server.port, f"{path}?steps=100000&interval={interval}")
@@ -113,7 +105,6 @@ def test_every_stream_ends_at_once_and_goes_on(
         assert reader.ended_properly, f"{reader.path} was cut off"
         assert reader.ended_after_an_event
         assert reader.event_ids == list(range(len(reader.event_ids)))
-    assert [process.wait(30) for process in curls] == [0, 0, 0]
 
     if stop is save_a_file:
         # The listening socket stays open, so nobody is refused before the new worker runs. Who
@@ -239,30 +230,6 @@ for client in (TestClient(app), TestClient(app).__enter__()):  # without and wit
 client.__exit__(None, None, None)
 """)
     assert result.returncode == 0, result.stderr
-
-
-def test_run_twice_in_one_process(start: Start) -> None:
-    """A server that was stopped leaves nothing behind that would stop the next one's streams."""
-    code = """
-import signal, sys, uvicorn
-before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-for _ in range(2):
-    uvicorn.run("main:app", port=int(sys.argv[1]))
-    assert before == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-"""
-    server = start(sys.executable, "-c", code, "{port}")
-    for run in (1, 2):
-        server.wait_for_log("Application startup complete", count=run)
-        server.wait_until_listening()
-        readers = [RawReader(server.port, f"/sse?interval={interval}") for interval in (10, 0.05)]
-        sleeping, whole = readers
-        assert read_until(readers, lambda: whole.ended_at and sleeping.arrivals)  # noqa: B023
-        assert whole.event_ids == list(range(10))
-        press_ctrl_c(server)
-        assert read_until(readers, lambda: sleeping.ended_at, limit=SOON)  # noqa: B023
-        assert sleeping.ended_properly
-    assert server.wait() == 0
-    assert_no_error(server)
 
 
 def test_the_table_of_faults_in_short() -> None:

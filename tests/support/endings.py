@@ -91,18 +91,6 @@ async def sse_starlette(reader: str, interval: float) -> Response:
 # Streams in special situations --------------------------------------------------------------------
 
 
-@router.get("/polling")
-async def polling(request: Request) -> Response:
-    """Asks again and again whether its reader has left, while the response listens for it too."""
-
-    async def events() -> AsyncGenerator[str]:
-        while not await request.is_disconnected():
-            yield "data: \n\n"
-            await asyncio.sleep(0.001)
-
-    return StreamingResponse(events(), media_type=SSE)
-
-
 @router.get("/fast")
 async def fast() -> Response:
     """More than any reader can take."""
