@@ -1,5 +1,6 @@
 """The fixtures of all tests: servers that are started for one test, and stopped after it."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.browsers import BROWSERS, EACH, Browser
+from tests.support.browsers import BROWSERS, EACH, Browser, leave
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import UVICORN, Process, Start, starting
 
@@ -51,11 +52,13 @@ def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 def browser(
     request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
 ) -> Iterator[Browser]:
-    """Each browser in turn."""
+    """Each browser in turn. If the test's file has a pattern `NETWORK`, nothing else may be on the
+    console at the end.
+    """
     browser = browsers(request.param)
     yield browser
-    browser.open("about:blank")
-    browser.console()
+    unexpected = leave(browser, getattr(request.module, "NETWORK", re.compile("")))
+    assert not unexpected, "\n".join(unexpected)
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import re
 import signal
-from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
 from recipes.parrot import to_tokens
-from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
+from tests.support.browsers import EACH, SIZE, Browser, Chromium
 from tests.support.processes import Process, Start, wait_for
 from tests.support.tokens import LONG, QUESTION, asked, serve, stopped_after
 from tests.support.upstreams import BEGINNING, Upstream, chunk, events, http
@@ -23,17 +22,6 @@ NETWORK = re.compile(
     r"Failed to load resource: (net::ERR_|the server responded with a status of (413|429|502))"
 )
 HALF = " This is only the beginning of an answer."
-
-
-@pytest.fixture
-def browser(
-    request: pytest.FixtureRequest, browsers: Callable[[str], Browser]
-) -> Iterator[Browser]:
-    """A browser; whatever else the test looks at, nothing unexpected is on its console."""
-    browser = browsers(request.param)
-    yield browser
-    unexpected = leave(browser, NETWORK)
-    assert not unexpected, "\n".join(unexpected)
 
 
 def open_page(browser: Browser, server: Process) -> None:

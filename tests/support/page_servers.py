@@ -1,4 +1,4 @@
-"""The server as the page may find it, such as `uvicorn tests.support.page_servers:held_back`."""
+"""The server as the page may find it, such as `uvicorn tests.support.page_servers:markup`."""
 
 import asyncio
 import json
@@ -9,22 +9,6 @@ from starlette.types import Message, Receive, Scope, Send
 from main import app
 
 STREAMS = ("/text", "/ndjson", "/sse")
-
-
-async def held_back(scope: Scope, receive: Receive, send: Send) -> None:
-    """All of a stream at once at its end, as behind a proxy that buffers."""
-    held: list[Message] = []
-
-    async def hold(message: Message) -> None:
-        if scope["path"] not in STREAMS:
-            await send(message)
-            return
-        held.append(message)
-        if message["type"] == "http.response.body" and not message.get("more_body"):
-            for each in held:
-                await send(each)
-
-    await app(scope, receive, hold if scope["type"] == "http" else send)
 
 
 MARKUP = '<img src="x" onerror="document.title = 1"><b>bold</b>\ufeff'
