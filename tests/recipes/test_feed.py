@@ -13,7 +13,6 @@ import requests
 from recipes.feed import KEEP
 from tests.support.event_sources import EventSource, EventSources, event_sources
 from tests.support.feed import numbers, publish
-from tests.support.feed_apps import APPS
 from tests.support.processes import LIMIT, Process, Start, starting, wait_for
 from tests.support.recipes import start_app, start_recipe
 
@@ -282,11 +281,11 @@ def test_a_channel_is_forgotten(start: Start, readers: EventSources) -> None:
     old = publish(server, "old", path="/feed/read") + publish(server, "old", path="/feed/unread")
     memory = 0
     for round_ in range(3):
-        for number in range(2000):
-            publish(server, "x" * 1000, path=f"/feed/{round_}.{number}")
+        for number in range(500):
+            publish(server, "x" * 10_000, path=f"/feed/{round_}.{number}")
         memory = memory or psutil.Process(server.pid).memory_info().rss
-    # 4,000 channels that stay are 8 MB.
-    assert psutil.Process(server.pid).memory_info().rss < memory + 4e6
+    # 1,000 channels that stay are 10 MB.
+    assert psutil.Process(server.pid).memory_info().rss < memory + 5e6
     # One that has a reader is kept. The ids of the other are a gap.
     back = [
         readers.open(server.port, path=f"/feed/{name}", last_event_id=event_id)[0]
@@ -312,9 +311,6 @@ def test_a_reader_that_fails_is_cut_off_alone(start: Start, readers: EventSource
     assert "the middleware failed" in server.log
 
 
-# Stopping, and other people's middlewares ---------------------------------------------------------
-
-
 def test_a_server_that_is_stopped(start: Start, readers: EventSources) -> None:
     command = (sys.executable, "-m", "uvicorn", "recipes.feed:app", "--port", "{port}")
     server = start(*command, "--timeout-graceful-shutdown", "1")
@@ -328,28 +324,3 @@ def test_a_server_that_is_stopped(start: Start, readers: EventSources) -> None:
     wait_for(lambda: all(s.connection and s.connection.complete for s in others), "the end")
     assert not any(source.cut for source in others)
     assert "destroyed" not in server.log
-
-
-@pytest.mark.parametrize("name", APPS)
-def test_an_ordinary_response(name: str, start: Start, readers: EventSources) -> None:
-    """Whatever middleware there is, and wherever it is mounted: live, whole, in order."""
-    server = start_app(start, f"tests.support.feed_apps:{name}", "--factory")
-    path = f"{APPS[name]}/feed/goals"
-    with requests.get(
-        server.url + path, headers={"Origin": "http://x"}, stream=True, timeout=LIMIT
-    ) as answer:
-        assert ("access-control-allow-origin" in answer.headers) == (name == "cors")
-        assert ("x-mark" in answer.headers) == (name in ("http", "mounted"))
-    slow, *others = crowd = readers.open(server.port, 10, path=path)
-    publish(server, "first", path=path)
-    wait_for_data(crowd, "first")
-    readers.pause(slow)
-    texts = numbers(0, 900, size=8000)
-    publish(server, *texts, path=path)
-    wait_for_data(others, "first", *texts)
-    readers.pause(slow, False)
-    wait_for_data([slow], "first", *texts)
-    server.signal(signal.SIGTERM)
-    if name != "router":  # without EndStreams
-        server.wait()
-    assert "Exception" not in server.log

@@ -1,24 +1,18 @@
-"""recipes/feed.md: its blocks, its log in PostgreSQL, and its dependency that says who may read."""
+"""recipes/feed.md: its log in PostgreSQL, and its dependency that says who may read."""
 
 from pathlib import Path
 
 import psycopg
-import pytest
 import requests
 
 from tests.support.event_sources import event_sources
 from tests.support.feed import numbers, publish
 from tests.support.postgres import running_postgres
 from tests.support.processes import LIMIT, Process, Start, wait_for
-from tests.support.readme import Block, Readme
-from tests.support.recipes import start_app, start_recipe
+from tests.support.readme import Readme
+from tests.support.recipes import start_app
 
 README = Readme("recipes/feed.md")
-
-
-@pytest.mark.parametrize("block", README.blocks, ids=str)
-def test_a_block_is_as_it_says(block: Block, start: Start, tmp_path: Path) -> None:
-    README.check(block, lambda recipe: start_recipe(start, recipe, tmp_path))
 
 
 def start_program(start: Start, tmp_path: Path, program: str, **environment: str) -> Process:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -109,56 +108,6 @@ def test_many_posts_when_redis_is_far_away(serve: Serve, redis: Redis, readers: 
     wait_for_data(crowd, 50)
     assert_all_have(crowd, data_in(redis))
     assert redis.connections() <= 3
-
-
-def test_redis_is_killed_and_started_again(serve: Serve, redis: Redis, readers: Readers) -> None:
-    servers = [serve(redis.port) for _ in range(2)]
-    crowd = [source for server in servers for source in readers.open(server.port, 10)]
-    publish(servers[0], *numbers(0, 5))
-    publish(servers[1], *numbers(5, 10))
-    redis.kill()
-    for server in servers:
-        answer = post(server, "lost")
-        assert answer.status_code == 503
-        assert answer.json()["detail"].startswith("The log is not available.")
-        assert answer.headers["retry-after"] == "1"
-        server.wait_for_log("ERROR: .*feed: Redis: ConnectionError: Error 111 connecting")
-    redis.start()
-    # Each has a connection that broke while nobody used it.
-    publish(servers[0], "10")
-    publish(servers[1], "11")
-    wait_for_data(crowd, 12)
-    assert_all_have(crowd, numbers(0, 12))
-
-
-def test_redis_is_stalled(serve: Serve, redis: Redis, readers: Readers) -> None:
-    server = serve(redis.port)
-    crowd = readers.open(server.port, 10)
-    publish(server, "before")
-    redis.signal(signal.SIGSTOP)
-    with ThreadPoolExecutor(20) as pool:
-        answers = [*pool.map(lambda number: post(server, f"stalled {number}"), range(20))]
-    assert {answer.status_code for answer in answers} == {503}  # and not a word from Redis yet
-    redis.signal(signal.SIGCONT)
-    publish(server, "after")
-    wait_for(lambda: all("after" in source.data for source in crowd), "the last event")
-    published = data_in(redis)
-    assert_all_have(crowd, published)
-    assert len(set(published)) == len(published)
-
-
-def test_the_line_to_redis_falls_silent(serve: Serve, redis: Redis, readers: Readers) -> None:
-    line = BadLine(redis.port)
-    cut_off, other = (serve(port) for port in (line.port, redis.port))
-    crowd = readers.open(cut_off.port, 10)
-    publish(cut_off, "1")
-    publish(other, "2")
-    line.silence()
-    publish(other, "3")
-    assert post(cut_off, "lost").status_code == 503
-    publish(cut_off, "4")
-    wait_for_data(crowd, 4)
-    assert_all_have(crowd, numbers(1, 5))
 
 
 def test_nothing_is_put_in_twice(serve: Serve, redis: Redis) -> None:
@@ -294,30 +243,6 @@ def test_redis_comes_back_with_older_data(
         assert not back.gaps
 
 
-@pytest.mark.parametrize("clock", ["as it is", "behind"])
-def test_redis_comes_back_without_its_data(
-    serve: Serve, redis: Redis, readers: Readers, clock: str
-) -> None:
-    """Each reader is told, once, and gets what is posted from then on."""
-    if clock == "behind":  # a Redis whose clock was ahead made the ids that were lost
-        redis.client.xadd(KEY, {"data": "old"}, id=f"{10**4 * int(time.time())}-0")
-    else:
-        redis.client.xadd(KEY, {"data": "old"})
-    servers = [serve(redis.port) for _ in range(2)]
-    crowd = [source for server in servers for source in readers.open(server.port, 5)]
-    redis.client.flushall()
-    (late,) = readers.open(servers[0].port, last_event_id=crowd[0].last_event_id)
-    crowd.append(late)
-    for number in range(5):
-        publish(servers[number % 2], str(number))
-    wait_for(lambda: all(source.data[-1:] == ["4"] for source in crowd), "the last event")
-    for source in crowd:
-        assert source.data == numbers(5 - len(source.data), 5)
-        assert source.events[0].name == "gap"
-        assert len(source.gaps) == 1
-        assert source.opened == 1
-
-
 def test_failover_behind_one_address(
     serve: Serve, tmp_path: Path, redis: Redis, readers: Readers
 ) -> None:
@@ -339,32 +264,6 @@ def test_failover_behind_one_address(
         wait_for(lambda: all("after" in source.data for source in crowd), "the last event")
         assert_all_have(crowd, ["before", "again", "after"])
         wait_for(lambda: len(other.client.client_list(_type="pubsub")) == 1, "the bell to move")
-
-
-def forbid_writing(redis: Redis) -> None:
-    redis.client.config_set("min-replicas-to-write", 1)
-
-
-def fill(redis: Redis) -> None:
-    redis.client.config_set("maxmemory", 1)
-
-
-@pytest.mark.parametrize("spoil", [forbid_writing, fill])
-def test_redis_that_takes_nothing(serve: Serve, redis: Redis, readers: Readers, spoil: Any) -> None:
-    server = serve(redis.port)
-    crowd = readers.open(server.port, 3)
-    publish(server, "before")
-    spoil(redis)
-    for _ in range(3):
-        assert post(server, "lost").status_code == 503
-    (new,) = readers.open(server.port)
-    redis.client.config_set("min-replicas-to-write", 0)
-    redis.client.config_set("maxmemory", 0)
-    wait_for(lambda: new.last_event_id, "a place for the new reader")
-    publish(server, "after")
-    wait_for_data([*crowd, new], 1)
-    wait_for_data(crowd, 2)
-    assert_all_have(crowd, ["before", "after"])
 
 
 def test_a_user_without_a_right(serve: Serve, redis: Redis, readers: Readers) -> None:

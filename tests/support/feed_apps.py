@@ -5,52 +5,11 @@ Each process calls one function, so each may change `recipes.feed.app`.
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recipes import feed
 from recipes.feed import app
-
-
-def cors() -> ASGIApp:
-    app.add_middleware(CORSMiddleware, allow_origins=["*"])
-    return app
-
-
-def gzip() -> ASGIApp:
-    app.add_middleware(GZipMiddleware, minimum_size=1)
-    return app
-
-
-async def mark(request: Request, call_next: Callable[..., Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    response.headers["X-Mark"] = "seen"
-    return response
-
-
-def http() -> ASGIApp:
-    app.middleware("http")(mark)
-    return app
-
-
-def mounted() -> ASGIApp:
-    outer = FastAPI()
-    outer.mount("/sub", app)
-    outer.middleware("http")(mark)
-    return outer
-
-
-def router() -> ASGIApp:
-    """None of the recipe's middlewares is there."""
-    outer = FastAPI()
-    outer.include_router(app.router)
-    return outer
-
 
 reader: contextvars.ContextVar[int] = contextvars.ContextVar("reader")
 
@@ -90,13 +49,3 @@ def impatient() -> ASGIApp:
     """A channel is forgotten after a tenth of a second."""
     feed.FORGET = 0.1  # type: ignore[assignment]
     return app
-
-
-APPS: dict[str, Any] = {
-    "cors": "",
-    "gzip": "",
-    "http": "",
-    "mounted": "/sub",
-    "router": "",
-    "limits": "",
-}
