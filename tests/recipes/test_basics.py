@@ -40,9 +40,6 @@ def test_what_each_path_sends_and_when(server: Process) -> None:
     for path in ("/stream", "/progress"):  # bit by bit, over three seconds or more
         arrivals = readers[path].arrivals
         assert arrivals[-1] - arrivals[0] > 1
-
-
-def test_headers(server: Process) -> None:
     for path in BODIES:
         with requests.get(server.url + path, stream=True, timeout=LIMIT) as response:
             assert response.status_code == 200
@@ -53,29 +50,27 @@ def test_headers(server: Process) -> None:
             assert response.headers["X-Accel-Buffering"] == "no"
 
 
-@pytest.mark.parametrize("path", ["/stream", "/progress"])
-def test_streams_end_properly_when_the_server_stops(server: Process, path: str) -> None:
-    reader = RawReader(server.port, path)
-    assert read_until([reader], lambda: reader.status)
+def test_streams_end_properly_when_the_server_stops(server: Process) -> None:
+    readers = [RawReader(server.port, path) for path in ("/stream", "/progress")]
+    assert read_until(readers, lambda: all(reader.status for reader in readers))
     server.signal(signal.SIGTERM)
-    assert read_until([reader], lambda: reader.ended_at)
-    assert reader.ended_properly
-    body = reader.body.decode()
-    assert BODIES[path].startswith(body)
-    assert body != BODIES[path]
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    for reader in readers:
+        assert reader.ended_properly
+        body = reader.body.decode()
+        assert BODIES[reader.path].startswith(body)
+        assert body != BODIES[reader.path]
     server.wait()
     assert "ERROR" not in server.log
 
 
-@pytest.mark.parametrize(("path", "what"), [("/stream", "chunks"), ("/progress", "percentages")])
-def test_the_generator_is_closed_when_the_reader_goes_away(
-    start: Start, path: str, what: str
-) -> None:
+def test_the_generator_is_closed_when_the_reader_goes_away(start: Start) -> None:
     server = start_app(start, "tests.recipes.facts:basics_app")
-    reader = RawReader(server.port, path)
-    assert read_until([reader], lambda: reader.arrivals)
-    reader.close()
-    server.wait_for_log(f"{what} closed")
+    for path, what in (("/stream", "chunks"), ("/progress", "percentages")):
+        reader = RawReader(server.port, path)
+        assert read_until([reader], lambda: reader.arrivals)  # noqa: B023
+        reader.close()
+        server.wait_for_log(f"{what} closed")
 
 
 def test_starlette_leaves_a_sync_generator_to_the_garbage_collection(start: Start) -> None:
@@ -110,15 +105,13 @@ def release(readers: list[RawReader], file: Path) -> None:
     assert all(reader.body == b"released\n" for reader in readers)
 
 
-def test_of_sixty_sync_streams_that_block_twenty_wait(start: Start, tmp_path: Path) -> None:
+def test_of_sixty_sync_streams_twenty_wait_and_sixty_async_ones_all_run(
+    start: Start, tmp_path: Path
+) -> None:
     file = tmp_path / "release"
     server = start_app(start, FACTS, RELEASE=str(file))
     release(sixty(server, "/wait/sync", run=40, wait=20), file)
-
-
-def test_sixty_async_streams_all_run(start: Start, tmp_path: Path) -> None:
-    file = tmp_path / "release"
-    server = start_app(start, FACTS, RELEASE=str(file))
+    file.unlink()
     release(sixty(server, "/wait/async", run_async=60), file)
 
 
