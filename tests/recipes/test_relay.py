@@ -343,11 +343,6 @@ def test_an_incomplete_body_does_not_look_complete(relay: Process, name: str) ->
         assert "upstream" in error.message
 
 
-def test_a_body_is_no_stream(relay: Process) -> None:
-    _, error = read(relay, model="complete", stream=True)
-    assert isinstance(error, openai.InternalServerError)
-
-
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_the_upstream_says_of_its_failure(relay: Process, name: str) -> None:
     head, _, body = FAILURES[name].partition(b"\r\n\r\n")

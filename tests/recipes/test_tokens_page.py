@@ -49,11 +49,8 @@ def wait_for_status(browser: Browser, beginning: str) -> None:
 
 
 @in_each_browser
-@pytest.mark.parametrize("recipe", ["tokens", "relay"])
-def test_the_answer_comes_live_and_markup_stays_text(
-    browser: Browser, start: Start, recipe: str
-) -> None:
-    open_page(browser, serve(start, recipe, parrot__SECONDS_PER_TOKEN=0.05))
+def test_the_answer_comes_live_and_markup_stays_text(browser: Browser, start: Start) -> None:
+    open_page(browser, serve(start, "tokens", parrot__SECONDS_PER_TOKEN=0.05))
     browser.run(
         """window.seen = [];
         const show = () => seen.push([answer.textContent, answer.ariaBusy]);

@@ -1,4 +1,4 @@
-"""Bad input for every recipe, by machine and from a list: never a 500, never a hang.
+"""What every recipe promises: its page's policy, and bad input that is never a 500 or a hang.
 
 The requests come from the recipe's own schema, /openapi.json. Of a good answer only the headers are
 waited for, since it may be a stream without an end; a fault behind them is in the server's log.
@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
+from recipes.common import PAGE_HEADERS
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, starting
 from tests.support.recipes import RECIPES
 
@@ -67,6 +68,18 @@ def server(
         # https://github.com/fastapi/fastapi/discussions/15725
         faults = server.log.count("Exception in ASGI application")
         assert faults == server.log.count("anyio.BrokenResourceError"), server.log
+
+
+def test_nothing_of_its_page_is_inline_and_the_policy_says_so(server: Process) -> None:
+    index = requests.get(server.url, timeout=LIMIT)
+    if index.url == f"{server.url}/docs":  # it has no page
+        return
+    assert not re.search("<style|style=|<script>| on[a-z]+=", index.text)
+    assets = re.findall(r'(?:src|href)="/?(pages/[^"]+)"', index.text)
+    assert assets
+    for answer in (index, *(requests.get(f"{server.url}/{a}", timeout=LIMIT) for a in assets)):
+        assert answer.status_code == 200
+        assert {name: answer.headers[name] for name in PAGE_HEADERS} == PAGE_HEADERS
 
 
 def operations(server: Process) -> list[Any]:
