@@ -36,6 +36,7 @@ from tests.support.processes import (
 from tests.support.proxies import command, deployed, read, substitute, unit
 
 PROXIES = ("nginx", "haproxy")
+pytestmark = pytest.mark.xdist_group("more")  # most need Chromium: in one worker, as the page's
 
 
 class Deployment:
@@ -92,10 +93,7 @@ def count_streams(server: Process) -> int:
     return sum(c.status == psutil.CONN_ESTABLISHED for c in connections)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=pytest.mark.xdist_group(f"replicas-{n}")) for n in PROXIES],
-)
+@pytest.fixture(scope="module", params=PROXIES)
 def shared_deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
