@@ -297,20 +297,6 @@ def test_a_channel_is_forgotten(start: Start, readers: EventSources) -> None:
     assert [len(source.gaps) for source in (stays, *back)] == [0, 0, 1]
 
 
-def test_a_reader_that_fails_is_cut_off_alone(start: Start, readers: EventSources) -> None:
-    server = start_app(start, "tests.support.feed_apps:limits", "--factory")
-    publish(server, "first")
-    crowd = readers.open(server.port, 5)
-    (bad,) = readers.open(server.port, path="/feed/goals?last=1")
-    texts = numbers(0, 12)
-    for number, text in enumerate(texts):
-        publish(server, text)
-        wait_for_data(crowd, *texts[: number + 1])
-    wait_for(lambda: bad.opened > 1, "the bad one to come back")
-    assert all(source.opened == 1 for source in crowd)
-    assert "the middleware failed" in server.log
-
-
 def test_a_server_that_is_stopped(start: Start, readers: EventSources) -> None:
     command = (sys.executable, "-m", "uvicorn", "recipes.feed:app", "--port", "{port}")
     server = start(*command, "--timeout-graceful-shutdown", "1")

@@ -21,8 +21,7 @@ FAULTS = {fault.name: fault for fault in feed_faults.FAULTS}
         "Redis comes back without its data",
         "the same, and its clock is behind",
         "Redis is read-only for 3 s, then full for 3 s",
-        "500 POSTs, 100 side by side",
-        "readers leave, come back and read slowly",
+        "an exception in one reader, again and again",
     ],
 )
 def test_a_fault(name: str) -> None:
@@ -32,9 +31,6 @@ def test_a_fault(name: str) -> None:
     assert seen.events
     assert (seen.lost, seen.doubled, seen.disordered) == (0, 0, 0)
     assert seen.gaps == (seen.readers if "its data" in name or "its clock" in name else 0)
-    if connections := re.search("([0-9]+) connections to Redis by two servers", seen.note):
-        assert 0 < int(connections[1]) <= 6
-        assert seen.note.endswith(" 0 refused")
     if stayed := re.search("([0-9]+) readers stayed; each 503 within ([0-9.]+) s", seen.note):
         assert int(stayed[1]) == seen.readers
         assert float(stayed[2]) < 15  # on a busy machine; 5 are promised

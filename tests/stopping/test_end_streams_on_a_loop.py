@@ -282,36 +282,3 @@ def test_what_an_app_sends_after_it_was_told(more: list[Message], passed_on: lis
             await send(message)
 
     assert on_a_loop(stopped(app)).sent == [SSE, *passed_on]
-
-
-def test_servers_on_one_loop() -> None:
-    """A stream that begins while a server stops is ended; the next server begins its own anew."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await Listener()(scope, receive, send)
-
-    async def main() -> None:
-        middleware = EndStreams(app)
-        lifespan: Scope = {"type": "lifespan", "asgi": ASGI}
-        await Server(middleware, lifespan).run()
-        first = Server(middleware)
-        running = await begin(first)
-        # A second server, while the first has a stream: a stop ends the streams of both.
-        await Server(middleware, lifespan).run()
-        EndStreams.stop()
-        await running
-        assert first.ends == 1
-        late = Server(middleware)
-        await late.run()
-        assert late.ends == 1
-        # A third, after that.
-        await Server(middleware, lifespan).run()
-        third = Server(middleware)
-        running = await begin(third)
-        assert not running.done()
-        EndStreams.stop()
-        await running
-        assert third.ends == 1
-
-    on_a_loop(main())

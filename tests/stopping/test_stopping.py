@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, UVICORN, Process, Start, run_python, wait_for
+from tests.support.processes import ROOT, UVICORN, Process, Start, wait_for
 from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
 from tests.support.stopping import assert_no_error, press_ctrl_c, terminate
 
@@ -210,26 +210,6 @@ def test_new_requests_while_stopping(start: Start) -> None:
     print({outcome: outcomes.count(outcome) for outcome in ("answered", "closed", "refused")})
     assert "refused" in outcomes
     stuck.close()
-
-
-def test_under_test_client() -> None:
-    """There the app streams, and leaves the signals alone. (For a thread: test_end_streams.py.)"""
-    result = run_python("""
-import signal
-from starlette.testclient import TestClient
-from main import app
-
-def handlers():
-    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-
-before = handlers()
-for client in (TestClient(app), TestClient(app).__enter__()):  # without and with lifespan
-    answer = client.get("/sse?interval=0.05")
-    assert answer.text.count("data: ") == 10, answer.text
-    assert handlers() == before
-client.__exit__(None, None, None)
-""")
-    assert result.returncode == 0, result.stderr
 
 
 def test_the_table_of_faults_in_short() -> None:

@@ -15,7 +15,6 @@ from fastapi.middleware.gzip import GZipMiddleware
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.sessions import SessionMiddleware
-from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 import main
@@ -71,19 +70,6 @@ def mounted() -> ASGIApp:
     app.mount("/sub", main.app)
     app.middleware("http")(mark)
     return app
-
-
-def mounted_inside() -> ASGIApp:
-    """Below main.py's app: one with middlewares of its own, and a mount with some."""
-    sub = FastAPI()
-    sub.include_router(main.app.router)
-    sub.add_middleware(GZipMiddleware, minimum_size=1)
-    sub.middleware("http")(mark)
-    marked = [Middleware(BaseHTTPMiddleware, dispatch=mark)]
-    routes = [route for route in main.app.routes if getattr(route, "path", "") in ("/ndjson",)]
-    main.app.mount("/sub", sub)
-    main.app.router.routes.append(Mount("/mount", routes=routes, middleware=marked))
-    return main.app
 
 
 class Session:

@@ -184,24 +184,3 @@ routes = [Route("/{name}", plain)]
 app.add_route("/plain/{name}", plain)
 marked = [Middleware(BaseHTTPMiddleware, dispatch=mark)]
 app.router.routes.append(Mount("/mount", routes=routes, middleware=marked))
-
-
-# What a middleware finds after the request --------------------------------------------------------
-
-
-looked = FastAPI()
-app.mount("/looked", looked)
-
-
-@looked.get("/items/{number}", response_class=Stream)
-async def item(request: Request, number: int) -> Stream:
-    request.state.seen = f"state {number}"
-    return Stream(generate("ends"), media_type="text/plain")
-
-
-@looked.middleware("http")
-async def look(request: Request, call_next: Callable[..., Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    route, endpoint = request.scope["route"], request.scope["endpoint"]
-    print("found", route.path, endpoint.__name__, request.path_params, request.state.seen)
-    return response

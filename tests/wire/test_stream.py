@@ -116,12 +116,6 @@ def test_its_arguments_and_headers(app: Process) -> None:
     assert plain.headers["Cache-Control"] == "no-cache, no-transform"
 
 
-def test_what_a_middleware_finds_afterwards(app: Process) -> None:
-    """The route, the endpoint, the parameters, and the state as the endpoint set it."""
-    assert requests.get(f"{app.url}/looked/items/7", timeout=LIMIT).text == "ends\n"
-    app.wait_for_log(re.escape("found /items/{number} item {'number': '7'} state 7"))
-
-
 def test_in_a_test_client() -> None:
     with TestClient(its_app) as client:
         assert client.get("/stream/ends").text == "ends\n"
