@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import sys
 
 import brotli
 import pytest
@@ -10,19 +9,14 @@ import requests
 from mcp import Client
 from openai import AsyncOpenAI
 
-from tests.support.processes import LIMIT, Process, Start, wait_for
+from tests.support.processes import LIMIT, Start, start_app, wait_for
 from tests.support.raw_reader import FORMATS, RawReader, event_ids, read_until
 from tests.support.stopping import assert_no_error, terminate
 
 
-def start_app(start: Start, name: str) -> Process:
-    words = f"-m uvicorn --factory tests.others.around:{name} --port {{port}}".split()
-    return start(sys.executable, *words)
-
-
 def test_what_looks_at_the_scope_afterwards(start: Start) -> None:
     """starlette-exporter and OpenTelemetry know the route; so does a middleware's `call_next`."""
-    server = start_app(start, "observed")
+    server = start_app(start, "tests.others.around:observed", "--factory")
     readers = [RawReader(server.port, f"{path}?steps=3&interval=0.5") for path in FORMATS]
     readers.append(RawReader(server.port, "/of/ada"))
     assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
@@ -53,7 +47,7 @@ def test_what_looks_at_the_scope_afterwards(start: Start) -> None:
 @pytest.mark.parametrize("order", ["inside", "outside"])
 def test_brotli(order: str, start: Start) -> None:
     """Inside of it `EndStreams` ends a stream properly. Around it, it tells the app, and cuts."""
-    server = start_app(start, f"brotli_{order}")
+    server = start_app(start, f"tests.others.around:brotli_{order}", "--factory")
     headers = "Accept-Encoding: br\r\n"
     readers = [RawReader(server.port, f"{path}?interval=0.1", headers) for path in FORMATS]
     assert read_until(readers, lambda: all(len(reader.arrivals) > 3 for reader in readers))
@@ -73,7 +67,7 @@ def test_answers_to_a_post_are_finished(start: Start) -> None:
 
     The GET stream of an MCP session ends, or the server would not go down before its client.
     """
-    server = start_app(start, "protocols")
+    server = start_app(start, "tests.others.around:protocols", "--factory")
 
     async def call_tool(mode: str, begun: asyncio.Event) -> None:
         done: list[float] = []

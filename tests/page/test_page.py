@@ -16,7 +16,17 @@ import httpx
 import pytest
 
 from tests.support.browsers import EACH, SIZE, Browser, Chromium
-from tests.support.processes import LIMIT, ROOT, UVICORN, Process, Start, need, starting, wait_for
+from tests.support.processes import (
+    LIMIT,
+    ROOT,
+    UVICORN,
+    Process,
+    Start,
+    need,
+    start_app,
+    starting,
+    wait_for,
+)
 
 PAGE = ROOT / "page"
 LANES = ("text", "ndjson", "sse")
@@ -99,12 +109,6 @@ def drawn(browser: Browser, lane: str) -> list[int]:
     return [event_id for event_id, _ in browser.run("return drawn[arguments[0]]", lane)]
 
 
-def page_server(name: str) -> tuple[str, ...]:
-    """The command that starts an app of page_servers.py."""
-    app = f"tests.support.page_servers:{name}"
-    return tuple(app if word == "main:app" else word for word in UVICORN)
-
-
 def wait_for_state(browser: Browser, lane: str, *wanted: str) -> None:
     wait_for(lambda: state(browser, lane) in wanted, f"{lane} to be {' or '.join(wanted)}")
 
@@ -174,7 +178,7 @@ def test_a_restart_loses_and_doubles_nothing(
 
 @in_each_browser
 def test_cut(browser: Browser, start: Start) -> None:
-    server = start(*page_server("telling"))
+    server = start_app(start, "tests.support.page_servers:telling")
     begin(browser, f"{server.url}/?{ENDLESS}")
     for lane in LANES:
         wait_for_events(browser, lane, 2)
@@ -192,7 +196,7 @@ def test_cut(browser: Browser, start: Start) -> None:
 
 @in_chromium
 def test_stop_and_start_again(browser: Browser, start: Start) -> None:
-    server = start(*page_server("telling"))
+    server = start_app(start, "tests.support.page_servers:telling")
     begin(browser, f"{server.url}/?steps=100&interval=1")
     for lane in LANES:
         wait_for_events(browser, lane, 1)
@@ -289,7 +293,7 @@ def test_nobody_listens_at_the_start(browser: Browser, server: Process) -> None:
 
 @in_chromium
 def test_what_arrives_is_text(browser: Browser, start: Start) -> None:
-    server = start(*page_server("markup"))
+    server = start_app(start, "tests.support.page_servers:markup")
     begin(browser, f"{server.url}/?steps=2&interval=0.05")
     for lane in LANES:
         wait_for_state(browser, lane, "done")
@@ -300,7 +304,7 @@ def test_what_arrives_is_text(browser: Browser, start: Start) -> None:
 
 @in_chromium
 def test_a_lost_event_is_told(browser: Browser, start: Start) -> None:
-    server = start(*page_server("gap"))
+    server = start_app(start, "tests.support.page_servers:gap")
     begin(browser, f"{server.url}/?steps=5&interval=0.05")
     for lane in ("ndjson", "sse"):
         wait_for_state(browser, lane, "failed")
@@ -435,7 +439,7 @@ window.everMoved = () => {
 def painted_first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """A server whose scripts come when the page has been painted without them."""
     with starting(tmp_path_factory.mktemp("server")) as start:
-        yield start(*page_server("painted_first"))
+        yield start_app(start, "tests.support.page_servers:painted_first")
 
 
 @pytest.mark.parametrize(

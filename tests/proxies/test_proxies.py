@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,17 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.processes import LIMIT, UVICORN, Process, Start, free_port, run_client, wait_for
+from tests.support.processes import (
+    LIMIT,
+    LOG_CONFIG,
+    UVICORN,
+    Process,
+    Start,
+    run_client,
+    start_app,
+    starting,
+    wait_for,
+)
 from tests.support.proxies import STOCK, Reading, read, start_stock
 from tests.support.readme import Readme, commands, shows
 
@@ -24,24 +33,13 @@ def read_all(urls: list[str], gzip: bool) -> list[Reading]:
         return list(pool.map(lambda url: read(url, gzip), urls))
 
 
-LOG_CONFIG = {
-    "version": 1,
-    "handlers": {"stderr": {"class": "logging.StreamHandler"}},
-    "loggers": {"main": {"handlers": ["stderr"], "level": "DEBUG"}},
-}
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """One server for all proxies, whose log shows its generators' ends."""
     tmp = tmp_path_factory.mktemp("server")
-    config = tmp / "log.json"
-    config.write_text(json.dumps(LOG_CONFIG))
-    port = free_port()
-    words = [word.replace("{port}", str(port)) for word in UVICORN]
-    process = Process([*words, "--log-config", str(config)], tmp / "server.log", port)
-    yield process
-    process.kill()
+    (tmp / "log.json").write_text(json.dumps(LOG_CONFIG))
+    with starting(tmp) as start:
+        yield start(*UVICORN, "--log-config", str(tmp / "log.json"))
 
 
 @pytest.fixture(
@@ -73,10 +71,9 @@ def stock(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         process.kill()
 
 
-def start_app(start: Start, app: str) -> Process:
-    """Start one of the servers that lack a header."""
-    command = ("-m", "uvicorn", f"tests.support.proxies:{app}", "--port", "{port}")
-    return start(sys.executable, *command)
+# Servers that lack a header.
+WITHOUT_CACHE_CONTROL = "tests.support.proxies:without_cache_control"
+WITHOUT_X_ACCEL_BUFFERING = "tests.support.proxies:without_x_accel_buffering"
 
 
 @pytest.mark.parametrize("gzip", [False, True], ids=["identity", "gzip"])
@@ -136,7 +133,7 @@ def test_haproxy_delays_events_unless_told_not_to(
 def test_without_x_accel_buffering_nginx_holds_a_compressed_stream_back(
     start: Start, stock: Callable[..., Process]
 ) -> None:
-    proxy = stock("nginx", start_app(start, "without_x_accel_buffering"))
+    proxy = stock("nginx", start_app(start, WITHOUT_X_ACCEL_BUFFERING))
     urls = [f"{proxy.url}/{stream}?steps=3&interval=1" for stream in STREAMS]
     for reading in read_all(urls, gzip=False):
         assert reading.is_live(1)
@@ -148,7 +145,7 @@ def test_without_x_accel_buffering_nginx_holds_a_compressed_stream_back(
 def test_without_cache_control_varnish_replays_a_stream(
     start: Start, stock: Callable[..., Process]
 ) -> None:
-    proxy = stock("varnish", start_app(start, "without_cache_control"))
+    proxy = stock("varnish", start_app(start, WITHOUT_CACHE_CONTROL))
     url = f"{proxy.url}/sse?steps=3&interval=0.5"
     assert read(url).events[-1] >= 1.0
     assert read(url).events[-1] < 0.5  # before the second one was due: all at once
@@ -163,7 +160,7 @@ def test_without_cache_control_haproxy_compresses(
 ) -> None:
     path = "/sse?steps=1"
     assert read(stock("haproxy", server).url + path, gzip=True).encoding is None
-    proxy = stock("haproxy", start_app(start, "without_cache_control"))
+    proxy = stock("haproxy", start_app(start, WITHOUT_CACHE_CONTROL))
     assert read(proxy.url + path, gzip=True).encoding == "gzip"
 
 
@@ -173,7 +170,7 @@ def test_client_says_that_the_stream_was_held_back(
     ((shell, shown),) = commands(Readme("deploy/README.md").tested("held back"))
     *_, url = shlex.split(shell)
     path = url.removeprefix("http://localhost:8080")
-    proxy = stock("nginx", start_app(start, "without_x_accel_buffering"))
+    proxy = stock("nginx", start_app(start, WITHOUT_X_ACCEL_BUFFERING))
     held = run_client("client.py", proxy.url + path)
     assert held.returncode == 0
     # How it is cut into pieces is nginx's affair; what counts is the last line.

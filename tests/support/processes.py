@@ -167,6 +167,12 @@ def starting(directory: Path) -> Iterator[Start]:
 UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
 
 
+def start_app(start: Start, app: str, *options: str, **environment: str) -> Process:
+    """Start `uvicorn app` with this in its environment; wait until it listens."""
+    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}", *options)
+    return start(*command, env=ENVIRONMENT | environment)
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run a program from the project's root to its end."""
     command = [sys.executable, "-c", code]

@@ -1,9 +1,10 @@
 """The recipes as the tests run them: `uvicorn recipes.NAME:app` on some free port."""
 
-import sys
 from pathlib import Path
 
-from tests.support.processes import ENVIRONMENT, ROOT, Process, Start
+from tests.support.processes import ROOT, Process, Start, start_app
+
+__all__ = ["NEEDS", "RECIPES", "start_app", "start_recipe"]
 
 # Every recipe that there is, such as "recipes.basics"; a file without an app helps others.
 RECIPES = sorted(
@@ -27,9 +28,3 @@ def start_recipe(start: Start, recipe: str, tmp_path: Path, **environment: str) 
     """Start the server of a recipe; wait until it listens. More can be put in its environment."""
     needs = {k: v.replace("{tmp}", str(tmp_path)) for k, v in NEEDS.get(recipe, {}).items()}
     return start_app(start, f"{recipe}:app", **needs | environment)
-
-
-def start_app(start: Start, app: str, *options: str, **environment: str) -> Process:
-    """Start `uvicorn app` with this in its environment; wait until it listens."""
-    command = (sys.executable, "-m", "uvicorn", app, "--port", "{port}", *options)
-    return start(*command, env=ENVIRONMENT | environment)

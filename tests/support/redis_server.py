@@ -32,6 +32,10 @@ class RedisServer(Process):
             port,
         )
 
+    @property
+    def redis_url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
     @cached_property
     def client(self) -> Any:
         return redis.Redis(port=self.port, password=self.password, decode_responses=True)

@@ -1,18 +1,18 @@
 """The streams are ordinary responses: whatever people put around them works, live and whole."""
 
 import re
-import sys
 from collections.abc import Callable
 
 import pytest
 import requests
 
 from tests.support.browsers import Browser
-from tests.support.processes import ENVIRONMENT, LIMIT, Process, Start, wait_for
+from tests.support.processes import LIMIT, Process, Start, start_app, wait_for
 from tests.support.raw_reader import RawReader, event_ids, read_until
 
 STREAMS = ("/text", "/ndjson", "/sse")
-OUTSIDE, INSIDE = ENVIRONMENT, {**ENVIRONMENT, "INSIDE": "1"}
+OUTSIDE: dict[str, str] = {}
+INSIDE = {"INSIDE": "1"}
 in_both_orders = pytest.mark.parametrize("order", [OUTSIDE, INSIDE], ids=["outside", "inside"])
 
 App = Callable[..., Process]
@@ -22,11 +22,10 @@ App = Callable[..., Process]
 def app(start: Start) -> App:
     """Start one of tests/support/apps.py."""
 
-    def start_app(name: str, order: dict[str, str] = OUTSIDE) -> Process:
-        words = f"-m uvicorn --factory tests.support.apps:{name} --port {{port}}".split()
-        return start(sys.executable, *words, env=order)
+    def start_it(name: str, order: dict[str, str] = OUTSIDE) -> Process:
+        return start_app(start, f"tests.support.apps:{name}", "--factory", **order)
 
-    return start_app
+    return start_it
 
 
 def assert_live_and_whole(server: Process, paths: tuple[str, ...]) -> None:

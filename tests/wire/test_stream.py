@@ -2,13 +2,12 @@
 
 import re
 import socket
-import sys
 
 import pytest
 import requests
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
-from tests.support.processes import LIMIT, Process, Start
+from tests.support.processes import LIMIT, Process, Start, start_app
 from tests.support.raw_reader import RawReader, read_until, wait_until_idle
 from tests.support.stream_apps import app as its_app
 
@@ -18,8 +17,7 @@ in_each_way = pytest.mark.parametrize("way", WAYS, ids=[way.strip("/") for way i
 
 @pytest.fixture
 def app(start: Start) -> Process:
-    words = "-m uvicorn tests.support.stream_apps:app --port {port}"
-    return start(sys.executable, *words.split())
+    return start_app(start, "tests.support.stream_apps:app")
 
 
 def begin(app: Process, target: str, receive_buffer: int = 0) -> RawReader:
