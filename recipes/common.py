@@ -172,7 +172,7 @@ def database_url(default: str) -> str:
     """
     url = os.environ.get("DATABASE_URL") or default
     found = re.fullmatch(r"(sqlite|postgres)(?:ql)?(?:\+\w+)?://(.+)", url, re.DOTALL)
-    if found and found[1] == "sqlite" and re.match("/.", found[2]):
+    if found and found[1] == "sqlite" and re.match("/(?!:memory:$).", found[2]):
         return f"sqlite://{found[2]}"
     if found and found[1] == "postgres" and is_readable(f"postgresql://{found[2]}"):
         return f"postgresql://{found[2]}"
@@ -183,7 +183,7 @@ def database_url(default: str) -> str:
 
 
 def is_readable(url: str) -> bool:
-    """Return whether libpq can parse the URL, and takes no part of the password for the host."""
+    """Return whether libpq finds a database's name, and no part of the password becomes the host."""
     from psycopg import Error
     from psycopg.conninfo import conninfo_to_dict
 
@@ -192,9 +192,9 @@ def is_readable(url: str) -> bool:
     except Error:
         return False
     # With a raw @ or / in the password, a part of it becomes the host, the port or the name.
-    return "@" not in f"{parts.get('host')}{parts.get('dbname')}" and bool(
-        re.fullmatch(r"[\d,]*", str(parts.get("port", "")))
-    )
+    is_clean = "@" not in f"{parts.get('host')}{parts.get('dbname')}"
+    has_port = re.fullmatch(r"[\d,]*", str(parts.get("port", "")))
+    return bool(parts.get("dbname") and is_clean and has_port)
 
 
 def upstream() -> tuple[str, str]:

@@ -2,8 +2,8 @@
 
 A report, a video, a model's training. The request only writes down what is to be done, and is
 answered at once. The work goes on whether or not somebody watches, and after a crash it goes on
-where it was. Take it for work that must not be lost. If the work may end with its reader, or takes
-only seconds, a generator is enough: recipes/basics.py.
+where it was. If the work may end with its reader, or takes only seconds, a generator is enough:
+recipes/basics.py.
 
 Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost:8000, or
 
@@ -19,7 +19,6 @@ import fcntl
 import os
 import sys
 import time
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +26,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar
+from uuid import UUID, uuid4, uuid5
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, SetWorkflowID, error
@@ -66,7 +66,7 @@ async def work(part: int, seconds: float) -> float:
 working: list[str] = []  # the tasks that this process works on
 
 
-@DBOS.workflow(name=NAME, max_recovery_attempts=None)  # `put_back` has a limit for each part
+@DBOS.workflow(name=NAME, max_recovery_attempts=None)  # `rescue` has a limit for each part
 async def long_task(parts: int, seconds: float) -> dict[str, float]:
     """Do all parts. After a crash it runs from its top, but no step that is done is done again."""
     task_id, worked = str(DBOS.workflow_id), 0.0
@@ -97,21 +97,20 @@ class Task(BaseModel):
 
 STATUS: dict[str, Any] = {"ENQUEUED": "running", "PENDING": "running"}
 STATUS |= {"SUCCESS": "done", "CANCELLED": "cancelled"}
+# How many parts are done. DBOS has no function for this, but documents its tables:
+# https://docs.dbos.dev/explanations/system-tables
+DONE = sa.text(
+    f"SELECT workflow_uuid, max(function_id) FROM {'' if IS_SQLITE else 'dbos.'}operation_outputs"
+    " WHERE workflow_uuid IN :tasks AND error IS NULL GROUP BY workflow_uuid"
+).bindparams(sa.bindparam("tasks", expanding=True))
 
 
 def read_tasks(task_ids: list[str]) -> dict[str, Task]:
-    """Return those of these tasks that there are, with two questions for any number of them."""
-    workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, name=NAME)
-    # Asked last, so that what is over has all its parts. DBOS has no function for this, but
-    # documents its tables: https://docs.dbos.dev/explanations/system-tables
-    steps = "operation_outputs" if IS_SQLITE else "dbos.operation_outputs"
-    count = sa.text(
-        f"SELECT workflow_uuid, max(function_id) FROM {steps}"
-        " WHERE workflow_uuid IN :tasks AND error IS NULL GROUP BY workflow_uuid"
-    ).bindparams(sa.bindparam("tasks", task_ids, expanding=True))
-    with engine.connect() as connection:
-        done: dict[str, int] = dict(connection.execute(count).tuples().all())
+    """Return those of these tasks that there are, with two queries for any number of them."""
     tasks = {}
+    workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, name=NAME)
+    with engine.connect() as connection:  # asked last, so that what is over has all its parts
+        done: dict[str, int] = dict(connection.execute(DONE, {"tasks": task_ids}).tuples().all())
     for workflow in workflows:
         problem = (workflow.attributes or {}).get("error") or workflow.error
         tasks[workflow.workflow_id] = Task(
@@ -125,7 +124,7 @@ def read_tasks(task_ids: list[str]) -> dict[str, Task]:
     return tasks
 
 
-readers: Counter[str] = Counter()  # how many read each task in this process
+watched: set[str] = set()  # the tasks for which readers have waited since the last look
 latest: dict[str, Task | None] = {}  # these tasks at the last look; None: it is no longer there
 
 
@@ -133,33 +132,28 @@ async def watch_tasks() -> None:
     """Look at all tasks that have readers, in one go."""
     global latest
     await asyncio.sleep(POLL)
-    if watched := list(readers):
-        tasks = await ask(read_tasks, watched)
-        latest = {task_id: tasks.get(task_id) for task_id in watched}
+    task_ids = list(watched)
+    watched.clear()
+    latest = dict.fromkeys(task_ids) | (await ask(read_tasks, task_ids) if task_ids else {})
 
 
-async def follow(task: Task | None, task_id: str, first: int) -> AsyncIterator[str]:
+async def follow(task: Task | None, first: int) -> AsyncIterator[str]:
     """Yield a task's events from number `first` to the end, and a comment in each silence."""
-    readers[task_id] += 1
-    try:
-        yield "retry: 1000\n\n"
-        sent = time.monotonic()
-        while task:
-            for n in range(first, task.done):
-                yield f'id: {n}\ndata: {{"done": {n + 1}, "parts": {task.parts}}}\n\n'
-                first, sent = n + 1, time.monotonic()
-            if task.status != "running":
-                yield f"event: end\nid: {task.done}\ndata: {task.model_dump_json()}\n\n"
-                return
-            if time.monotonic() > sent + KEEP_ALIVE:
-                yield ": keep-alive\n\n"
-                sent = time.monotonic()
-            await asyncio.sleep(POLL)
-            task = latest.get(task_id, task)
-    finally:
-        readers[task_id] -= 1
-        if not readers[task_id]:
-            del readers[task_id]
+    yield "retry: 1000\n\n"
+    sent = time.monotonic()
+    while task:
+        for n in range(first, task.done):
+            yield f'id: {n}\ndata: {{"done": {n + 1}, "parts": {task.parts}}}\n\n'
+            first, sent = n + 1, time.monotonic()
+        if task.status != "running":
+            yield f"event: end\nid: {task.done}\ndata: {task.model_dump_json()}\n\n"
+            return
+        if time.monotonic() > sent + KEEP_ALIVE:
+            yield ": keep-alive\n\n"
+            sent = time.monotonic()
+        watched.add(task.task_id)
+        await asyncio.sleep(POLL)
+        task = latest.get(task.task_id, task)
 
 
 # 3. The requests ----------------------------------------------------------------------------------
@@ -203,52 +197,50 @@ class NewTask(BaseModel):
     seconds: float = Field(ge=0, le=60, description="Seconds of work for each part.")
 
 
-def start_task(task_id: str, *args: Any) -> Any:
-    """Write down what is to be done, unless that was done before; return what is written there."""
+def enqueue(task_id: str, *args: Any) -> Any:
+    """Write down what is to be done, unless that was done before. Return what is written there."""
     with SetWorkflowID(task_id):
         handle: Any = DBOS.enqueue_workflow(NAME, long_task, *args)
     return handle.get_status().input["args"]
 
 
-def invalid_header(name: str, value: object, message: str) -> HTTPException:
+def invalid_header(name: str, value: str, message: str) -> HTTPException:
     detail = {"type": "value_error", "loc": ("header", name), "msg": message, "input": value}
     return HTTPException(422, [detail])
 
 
 @app.post("/tasks", status_code=202)
 async def start(
-    new: NewTask, response: Response, idempotency_key: Annotated[str | None, Header()] = None
+    new: NewTask, response: Response, idempotency_key: Annotated[str, Header()] = ""
 ) -> dict[str, str]:
     """Start a task. If you got no answer, send it again: the same key gives the same task."""
     # Without the servers' secret nobody can tell the id from the key.
-    task_id = uuid.uuid5(secret, idempotency_key) if idempotency_key else uuid.uuid4()
+    task_id = str(uuid5(secret, idempotency_key) if idempotency_key else uuid4())
     args = new.parts, new.seconds
-    if await ask(start_task, str(task_id), *args) != args:
+    if await ask(enqueue, task_id, *args) != args:
         raise invalid_header("idempotency-key", idempotency_key, "It has started another task")
     response.headers["Location"] = f"/tasks/{task_id}"
-    return {"task_id": str(task_id)}
+    return {"task_id": task_id}
 
 
-@app.get("/tasks/{task_id}")
-async def show(task_id: str) -> Task:
-    with suppress(ValueError):
-        task_id = str(uuid.UUID(task_id))
-        if task := (await ask(read_tasks, [task_id])).get(task_id):
-            return task
+@app.get("/tasks/{task_id:uuid}")
+async def show(task_id: UUID) -> Task:
+    if task := (await ask(read_tasks, [str(task_id)])).get(str(task_id)):
+        return task
     raise HTTPException(404, "There is no such task.")
 
 
-@app.delete("/tasks/{task_id}", status_code=202)
-async def cancel(task_id: str) -> Task:
+@app.delete("/tasks/{task_id:uuid}", status_code=202)
+async def cancel(task_id: UUID) -> Task:
     """Let a task stop before its next part."""
     task = await show(task_id)
     await ask(DBOS.cancel_workflow, task.task_id)
     return await show(task_id)
 
 
-@app.get("/tasks/{task_id}/events", response_class=StreamingResponse)
+@app.get("/tasks/{task_id:uuid}/events", response_class=StreamingResponse)
 async def events(
-    task_id: str, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
+    task_id: UUID, last_event_id: Annotated[str, Header(pattern="^[0-9]{0,19}$")] = ""
 ) -> Response:
     task = await show(task_id)
     first = int(last_event_id) + 1 if last_event_id else 0
@@ -257,23 +249,23 @@ async def events(
         raise invalid_header("last-event-id", last_event_id, message)
     if first > task.done and task.status != "running":
         return Response(status_code=204, headers=HEADERS)
-    return Stream(follow(task, task.task_id, first), media_type="text/event-stream")
+    return Stream(follow(task, first), media_type="text/event-stream")
 
 
 # 4. The database ----------------------------------------------------------------------------------
 
-SERVER = str(uuid.uuid4())  # the name of this process, which no other ever has
+SERVER = str(uuid4())  # the name of this process, which no other ever has
 POSTGRESQL = {
     "connect_timeout": "3",
     "target_session_attrs": "read-write",  # after a failover: the new primary
     # A machine that vanishes is noticed on both sides, within 20 seconds.
-    **{"keepalives_idle": "10", "keepalives_interval": "5", "keepalives_count": "2"},
     "tcp_user_timeout": "20000",
     "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2",
+    **{"keepalives_idle": "10", "keepalives_interval": "5", "keepalives_count": "2"},
 }
 # `launch` sets these.
 engine: sa.Engine
-secret: uuid.UUID  # that all servers with this database have in common
+secret: UUID  # that all servers with this database have in common
 locks: IO[str]  # with SQLite: a file, of which each server that lives has locked a byte
 
 
@@ -288,14 +280,11 @@ def launch() -> None:
     url = sa.make_url(DATABASE_URL.replace("postgresql:", "postgresql+psycopg:", 1))
     if IS_SQLITE:
         url = url.update_query_dict({"isolation_level": "IMMEDIATE"})  # as DBOS itself does
+        locks = Path(f"{url.database}.servers").open("a")  # noqa: SIM115
+        is_alive(SERVER)  # locks its byte
     else:
         url = url.update_query_dict(POSTGRESQL | dict(url.query) | {"application_name": SERVER})
-    if url.database in (None, "", ":memory:"):
-        raise ValueError("it should name a file, or a database of PostgreSQL")
     engine = sa.create_engine(url, pool_size=8, max_overflow=0, pool_pre_ping=True)
-    if IS_SQLITE:
-        locks = Path(f"{url.database}.servers").open("a")  # noqa: SIM115
-        take_lock(SERVER)
     DBOS(
         config={
             "name": NAME,
@@ -309,7 +298,7 @@ def launch() -> None:
         }
     )
     DBOS.launch()
-    secret = uuid.UUID(DBOS.get_latest_application_version()["version_id"])
+    secret = UUID(DBOS.get_latest_application_version()["version_id"])
     # From now on, a database that is away is waited for.
     event.listen(engine, "handle_error", take_as_lost_connection)
     event.listen(engine, "do_connect", connect_when_it_is_back)
@@ -332,12 +321,34 @@ def connect_when_it_is_back(dialect: Any, _: Any, args: Any, options: Any) -> An
         time.sleep(0.1)
 
 
+def make_what_is_missing() -> None:
+    """Make the tables and the queue, if there are none: the database may have come back empty."""
+    DBOS.migrate(engine.url.render_as_string(hide_password=False))
+    DBOS.register_queue(NAME, worker_concurrency=100, on_conflict="always_update")
+
+
 def stop() -> None:
     """Stop DBOS, and hand its tasks over: what is left behind counts as a death."""
     DBOS.destroy()
     client = DBOSClient(system_database_engine=engine, lazy=True)
     mine = client.list_workflows(name=NAME, status="PENDING", executor_id=SERVER, load_input=False)
     client.resume_workflows([task.workflow_id for task in mine], queue_name=NAME)
+
+
+def is_alive(server: str) -> bool:
+    """Return whether a server lives, however slow it is.
+
+    Until its process ends, it has sessions in PostgreSQL, which bear its name. With SQLite it has
+    locked a byte. That of a dead server is locked here, so that no other finds it dead as well.
+    """
+    if IS_SQLITE:
+        with suppress(OSError):
+            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(server.encode()))
+            return False
+        return True
+    sessions = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :server")
+    with engine.connect() as connection:
+        return bool(connection.scalar(sessions, {"server": server}))
 
 
 # 5. The living and the dead -----------------------------------------------------------------------
@@ -353,63 +364,33 @@ async def look_after_tasks() -> None:
         await ask(delete_old)
 
 
-def make_what_is_missing() -> None:
-    """Make the tables and the queue, if there are none: the database may have come back empty."""
-    DBOS.migrate(engine.url.render_as_string(hide_password=False))
-    DBOS.register_queue(NAME, worker_concurrency=100, on_conflict="always_update")
-
-
-def is_alive(server: str) -> bool:
-    """Return whether a server lives, however slow it is.
-
-    Until its process ends, a server has sessions in PostgreSQL. With SQLite it has its byte locked.
-    """
-    if IS_SQLITE:
-        return not take_lock(server)  # taken, so that no other server finds it dead as well
-    sessions = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :server")
-    with engine.connect() as connection:
-        return bool(connection.scalar(sessions, {"server": server}))
-
-
-def take_lock(server: str) -> bool:
-    with suppress(OSError):
-        fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(server.encode()))
-        return True
-    return False
-
-
 def rescue() -> None:
-    """Put tasks that nobody works on back into the queue.
+    """Put tasks that nobody works on back into the queue, or let them fail.
 
     Should somebody work on one after all, DBOS refuses what all but the last return.
     """
     global idle
-    tasks = DBOS.list_workflows(name=NAME, status="PENDING")
-    servers = {str(task.executor_id) for task in tasks} - {SERVER}
-    alive = {server for server in servers if is_alive(server)}
+    tasks: list[Any] = DBOS.list_workflows(name=NAME, status="PENDING")
+    others = {task.executor_id for task in tasks} - {SERVER}
+    alive = {server for server in others if is_alive(server)}
     lost = {task.workflow_id for task in tasks if task.executor_id not in alive} - set(working)
     idle = Counter({task_id: idle[task_id] + 1 for task_id in lost})
     for task in tasks:
         # What this server has just taken from the queue needs a moment to begin. If the database
         # went away just then, it never does.
-        if idle[task.workflow_id] >= (10 if task.executor_id == SERVER else 2):
-            put_back(task)
-
-
-def put_back(task: Any) -> None:
-    """Put a task back into the queue, unless its part has killed too many servers."""
-    task_id = task.workflow_id
-    part = read_tasks([task_id])[task_id].done
-    died: list[int] = (task.attributes or {}).get("died", [])  # the parts in which servers died
-    if task.executor_id != SERVER:
-        died.append(part)
-    if died.count(part) < DEATHS:
-        DBOS.update_workflow_attributes(task_id, {"died": died})
-        DBOS.resume_workflow(task_id, queue_name=NAME)
-    else:
-        problem = f"{DEATHS} servers in a row did not survive part {part + 1}"
-        DBOS.update_workflow_attributes(task_id, {"error": problem})
-        DBOS.cancel_workflow(task_id)
+        task_id, is_mine = task.workflow_id, task.executor_id == SERVER
+        if idle[task_id] < (10 if is_mine else 2):
+            continue
+        part = read_tasks([task_id])[task_id].done
+        died = (task.attributes or {}).get("died", [])  # the parts in which servers died
+        died += [] if is_mine else [part]
+        if died.count(part) < DEATHS:
+            DBOS.update_workflow_attributes(task_id, {"died": died})
+            DBOS.resume_workflow(task_id, queue_name=NAME)
+        else:
+            problem = f"{DEATHS} servers in a row did not survive part {part + 1}"
+            DBOS.update_workflow_attributes(task_id, {"error": problem})
+            DBOS.cancel_workflow(task_id)
 
 
 def delete_old() -> None:

@@ -56,7 +56,7 @@ def lose_a_write(_connection: Any, cursor: Any, statement: str, *_: Any) -> None
     global lost_writes
     if lost_writes and statement.startswith("INSERT INTO dbos.operation_outputs"):
         lost_writes -= 1
-        with psycopg.connect(long_task.DATABASE_URL) as other:
+        with psycopg.connect(os.environ["DATABASE_URL"]) as other:
             other.execute("SELECT pg_terminate_backend(%s)", [cursor.connection.info.backend_pid])
 
 
@@ -68,7 +68,7 @@ long_task.LOOK = float(os.environ.get("LOOK", long_task.LOOK))
 @app.get("/watches")
 async def watches() -> int:
     """How many tasks this process looks at."""
-    return len(long_task.readers)
+    return len(long_task.latest)
 
 
 @app.post("/broken/{seconds}")
