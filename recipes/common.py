@@ -183,7 +183,7 @@ def database_url(default: str) -> str:
 
 
 def is_readable(url: str) -> bool:
-    """Return whether libpq finds a database's name, and no part of the password becomes the host."""
+    """Return whether libpq finds a database's name, and no part of the password elsewhere."""
     from psycopg import Error
     from psycopg.conninfo import conninfo_to_dict
 
