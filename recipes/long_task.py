@@ -11,42 +11,34 @@ Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost
     curl -N localhost:8000/tasks/ID/events
 
 DBOS keeps what each part returned in a database: SQLite in a file next to this one, or PostgreSQL
-for more than one machine, DATABASE_URL=postgresql://user:password@host/database.
+for more than one machine, DATABASE_URL=postgresql://user:password@host/database. It is waited for
+while it is away: long_task_database.py.
 """
 
 import asyncio
-import fcntl
-import os
-import sys
 import time
-import zlib
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4, uuid5
 
-import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, SetWorkflowID, error
+from dbos import DBOS, SetWorkflowID, error
 from fastapi import FastAPI, Header, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import event, exc
+from sqlalchemy.exc import SQLAlchemyError
 
 from main import HEADERS, EndStreams, Stream
-from recipes.common import database_url, in_one_line, keep_going, logger, prepare
+from recipes import long_task_database as database
+from recipes.common import keep_going, logger, prepare
+from recipes.long_task_database import NAME, ask
 
-NAME = "long_task"  # of the workflow and its queue
 POLL = 0.1  # seconds from one look at the tasks that have readers to the next
 LOOK = 1.0  # seconds from one look for tasks that nobody works on to the next
 DEATHS = 3  # servers that did not survive the same part; then its task has failed
 KEEP = timedelta(days=7)  # from the end of a task until it is deleted
 KEEP_ALIVE = 10.0  # seconds of silence, then a comment
-DATABASE_URL = database_url(default=f"sqlite:///{Path(__file__).resolve().with_suffix('.sqlite')}")
-IS_SQLITE = DATABASE_URL.startswith("sqlite:")
-T = TypeVar("T")
 
 
 # 1. The work --------------------------------------------------------------------------------------
@@ -63,24 +55,18 @@ async def work(part: int, seconds: float) -> float:
     return seconds
 
 
-working: list[str] = []  # the tasks that this process works on
-
-
 @DBOS.workflow(name=NAME, max_recovery_attempts=None)  # `rescue` has a limit for each part
 async def long_task(parts: int, seconds: float) -> dict[str, float]:
     """Do all parts. After a crash it runs from its top, but no step that is done is done again."""
-    task_id, worked = str(DBOS.workflow_id), 0.0
-    working.append(task_id)
+    worked = 0.0
     try:
         for part in range(parts):
             # One step for each part, so that the number of steps is how far the task is.
             worked += await work(part, seconds)
-        return {"seconds": worked}
     except error.DBOSMaxStepRetriesExceeded as problem:
-        logger.error("Task %s has failed", task_id, exc_info=problem.errors[-1])
+        logger.error("Task %s has failed", DBOS.workflow_id, exc_info=problem.errors[-1])
         raise problem.errors[-1] from None
-    finally:
-        working.remove(task_id)
+    return {"seconds": worked}
 
 
 # 2. A task, as a reader sees it -------------------------------------------------------------------
@@ -95,27 +81,19 @@ class Task(BaseModel):
     error: str | None = None
 
 
-STATUS: dict[str, Any] = {"ENQUEUED": "running", "PENDING": "running"}
-STATUS |= {"SUCCESS": "done", "CANCELLED": "cancelled"}
-# How many parts are done. DBOS has no function for this, but documents its tables:
-# https://docs.dbos.dev/explanations/system-tables
-DONE = sa.text(
-    f"SELECT workflow_uuid, max(function_id) FROM {'' if IS_SQLITE else 'dbos.'}operation_outputs"
-    " WHERE workflow_uuid IN :tasks AND error IS NULL GROUP BY workflow_uuid"
-).bindparams(sa.bindparam("tasks", expanding=True))
+OVER: dict[str, Any] = {"SUCCESS": "done", "CANCELLED": "cancelled", "ERROR": "failed"}
 
 
 def read_tasks(task_ids: list[str]) -> dict[str, Task]:
     """Return those of these tasks that there are, with two queries for any number of them."""
     tasks = {}
     workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, name=NAME)
-    with engine.connect() as connection:  # asked last, so that what is over has all its parts
-        done: dict[str, int] = dict(connection.execute(DONE, {"tasks": task_ids}).tuples().all())
+    done = database.count_steps(task_ids)  # asked last, so that what is over has all its parts
     for workflow in workflows:
         problem = (workflow.attributes or {}).get("error") or workflow.error
         tasks[workflow.workflow_id] = Task(
             task_id=workflow.workflow_id,
-            status="failed" if problem else STATUS.get(workflow.status, "failed"),
+            status="failed" if problem else OVER.get(workflow.status, "running"),
             done=done.get(workflow.workflow_id, 0),
             parts=workflow.input["args"][0],
             result=workflow.output,
@@ -161,23 +139,13 @@ async def follow(task: Task | None, first: int) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    try:
-        # In a thread: started from a coroutine, DBOS would run the work on the server's event loop.
-        await asyncio.to_thread(launch)
-    except Exception as problem:
-        why = in_one_line(getattr(problem, "orig", problem))
-        print(f"Cannot use DATABASE_URL: {why}", file=sys.stderr)
-        os._exit(3)  # as uvicorn itself does, but without its traceback
-    loops = asyncio.gather(
-        keep_going("Tasks cannot be watched", watch_tasks),
-        keep_going("Tasks cannot be looked after", look_after_tasks),
-    )
-    yield
-    loops.cancel()
-    try:
-        await ask(stop)
-    except Exception:
-        os._exit(1)  # a thread that waits for the database would not let the process end
+    async with database.running():
+        loops = asyncio.gather(
+            keep_going("Tasks cannot be watched", watch_tasks),
+            keep_going("Tasks cannot be looked after", look_after_tasks),
+        )
+        yield
+        loops.cancel()
 
 
 app = FastAPI(lifespan=lifespan)
@@ -185,7 +153,7 @@ app.add_middleware(EndStreams)
 prepare(app, page="long_task.html")
 
 
-@app.exception_handler(exc.SQLAlchemyError)
+@app.exception_handler(SQLAlchemyError)
 @app.exception_handler(TimeoutError)
 async def database_away(_: Request, problem: Exception) -> Response:
     """Nobody knows now whether something was done. It can be asked for again, with the same key."""
@@ -215,7 +183,7 @@ async def start(
 ) -> dict[str, str]:
     """Start a task. If you got no answer, send it again: the same key gives the same task."""
     # Without the servers' secret nobody can tell the id from the key.
-    task_id = str(uuid5(secret, idempotency_key) if idempotency_key else uuid4())
+    task_id = str(uuid5(database.secret, idempotency_key) if idempotency_key else uuid4())
     args = new.parts, new.seconds
     if await ask(enqueue, task_id, *args) != args:
         raise invalid_header("idempotency-key", idempotency_key, "It has started another task")
@@ -252,112 +220,11 @@ async def events(
     return Stream(follow(task, first), media_type="text/event-stream")
 
 
-# 4. The database ----------------------------------------------------------------------------------
-
-SERVER = str(uuid4())  # the name of this process, which no other ever has
-POSTGRESQL = {
-    "connect_timeout": "3",
-    "target_session_attrs": "read-write",  # after a failover: the new primary
-    # A machine that vanishes is noticed on both sides, within 20 seconds.
-    "tcp_user_timeout": "20000",
-    "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2",
-    **{"keepalives_idle": "10", "keepalives_interval": "5", "keepalives_count": "2"},
-}
-# `launch` sets these.
-engine: sa.Engine
-secret: UUID  # that all servers with this database have in common
-locks: IO[str]  # with SQLite: a file, of which each server that lives has locked a byte
-
-
-async def ask(question: Callable[..., T], *args: Any) -> T:
-    """Ask the database, for 4 seconds at most, without holding up the event loop."""
-    return await asyncio.wait_for(asyncio.to_thread(question, *args), 4)
-
-
-def launch() -> None:
-    """Connect to the database, and start to work on what is in the queue."""
-    global engine, secret, locks
-    url = sa.make_url(DATABASE_URL.replace("postgresql:", "postgresql+psycopg:", 1))
-    if IS_SQLITE:
-        url = url.update_query_dict({"isolation_level": "IMMEDIATE"})  # as DBOS itself does
-        locks = Path(f"{url.database}.servers").open("a")  # noqa: SIM115
-        is_alive(SERVER)  # locks its byte
-    else:
-        url = url.update_query_dict(POSTGRESQL | dict(url.query) | {"application_name": SERVER})
-    engine = sa.create_engine(url, pool_size=8, max_overflow=0, pool_pre_ping=True)
-    DBOS(
-        config={
-            "name": NAME,
-            "system_database_engine": engine,
-            "serializer": DBOSPortableJSONSerializer(),  # the default is pickle
-            # By default a hash of the code: an edit would leave what is running behind.
-            "application_version": "1",
-            "executor_id": SERVER,
-            "use_listen_notify": False,
-            "log_level": "CRITICAL",  # `lifespan`, `keep_going` and `long_task` tell what is wrong
-        }
-    )
-    DBOS.launch()
-    secret = UUID(DBOS.get_latest_application_version()["version_id"])
-    # From now on, a database that is away is waited for.
-    event.listen(engine, "handle_error", take_as_lost_connection)
-    event.listen(engine, "do_connect", connect_when_it_is_back)
-
-
-def take_as_lost_connection(context: sa.engine.ExceptionContext) -> None:
-    """Let DBOS wait while the database is read-only, full, or without its tables.
-
-    It waits where a connection is lost. By any other error the task would fail.
-    """
-    wrong = isinstance(context.sqlalchemy_exception, exc.IntegrityError | exc.DataError)
-    context.is_disconnect = not wrong
-
-
-def connect_when_it_is_back(dialect: Any, _: Any, args: Any, options: Any) -> Any:
-    """Try again soon: DBOS would double its pause each time, up to 90 seconds."""
-    while True:
-        with suppress(dialect.dbapi.Error):
-            return dialect.connect(*args, **options)
-        time.sleep(0.1)
-
-
-def make_what_is_missing() -> None:
-    """Make the tables and the queue, if there are none: the database may have come back empty."""
-    DBOS.migrate(engine.url.render_as_string(hide_password=False))
-    DBOS.register_queue(NAME, worker_concurrency=100, on_conflict="always_update")
-
-
-def stop() -> None:
-    """Stop DBOS, and hand its tasks over: what is left behind counts as a death."""
-    DBOS.destroy()
-    client = DBOSClient(system_database_engine=engine, lazy=True)
-    mine = client.list_workflows(name=NAME, status="PENDING", executor_id=SERVER, load_input=False)
-    client.resume_workflows([task.workflow_id for task in mine], queue_name=NAME)
-
-
-def is_alive(server: str) -> bool:
-    """Return whether a server lives, however slow it is.
-
-    Until its process ends, it has sessions in PostgreSQL, which bear its name. With SQLite it has
-    locked a byte. That of a dead server is locked here, so that no other finds it dead as well.
-    """
-    if IS_SQLITE:
-        with suppress(OSError):
-            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(server.encode()))
-            return False
-        return True
-    sessions = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :server")
-    with engine.connect() as connection:
-        return bool(connection.scalar(sessions, {"server": server}))
-
-
-# 5. The living and the dead -----------------------------------------------------------------------
-
-idle: Counter[str] = Counter()  # at how many looks in a row nobody worked on a task
+# 4. Servers that die ------------------------------------------------------------------------------
 
 
 async def look_after_tasks() -> None:
-    await ask(make_what_is_missing)
+    await ask(database.make_what_is_missing)
     while True:
         await asyncio.sleep(LOOK)
         await ask(rescue)
@@ -365,32 +232,24 @@ async def look_after_tasks() -> None:
 
 
 def rescue() -> None:
-    """Put tasks that nobody works on back into the queue, or let them fail.
+    """Put the tasks of dead servers back into the queue, or let them fail.
 
-    Should somebody work on one after all, DBOS refuses what all but the last return.
+    If a server lives after all, DBOS refuses what it returns, and nothing is twice in the stream.
     """
-    global idle
     tasks: list[Any] = DBOS.list_workflows(name=NAME, status="PENDING")
-    others = {task.executor_id for task in tasks} - {SERVER}
-    alive = {server for server in others if is_alive(server)}
-    lost = {task.workflow_id for task in tasks if task.executor_id not in alive} - set(working)
-    idle = Counter({task_id: idle[task_id] + 1 for task_id in lost})
+    dead = database.find_dead({task.executor_id for task in tasks})
     for task in tasks:
-        # What this server has just taken from the queue needs a moment to begin. If the database
-        # went away just then, it never does.
-        task_id, is_mine = task.workflow_id, task.executor_id == SERVER
-        if idle[task_id] < (10 if is_mine else 2):
-            continue
-        part = read_tasks([task_id])[task_id].done
-        died = (task.attributes or {}).get("died", [])  # the parts in which servers died
-        died += [] if is_mine else [part]
-        if died.count(part) < DEATHS:
-            DBOS.update_workflow_attributes(task_id, {"died": died})
-            DBOS.resume_workflow(task_id, queue_name=NAME)
-        else:
-            problem = f"{DEATHS} servers in a row did not survive part {part + 1}"
-            DBOS.update_workflow_attributes(task_id, {"error": problem})
-            DBOS.cancel_workflow(task_id)
+        if task.executor_id in dead:
+            part = read_tasks([task.workflow_id])[task.workflow_id].done
+            # In which parts servers died.
+            deaths = [*(task.attributes or {}).get("deaths", []), part]
+            if deaths.count(part) < DEATHS:
+                DBOS.update_workflow_attributes(task.workflow_id, {"deaths": deaths})
+                DBOS.resume_workflow(task.workflow_id, queue_name=NAME)
+            else:
+                problem = f"{DEATHS} servers in a row did not survive part {part + 1}"
+                DBOS.update_workflow_attributes(task.workflow_id, {"error": problem})
+                DBOS.cancel_workflow(task.workflow_id)
 
 
 def delete_old() -> None:

@@ -33,7 +33,7 @@ from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, free_port
 
 RECORDED = (sys.executable, "-m", "uvicorn", "tests.support.recorded_work:app", "--port", "{port}")
 FAILING = 0.125  # seconds for each part of a task that fails in its third
-SLOW = 0.25  # seconds for each part of a task whose third takes six seconds longer
+SLOW = 0.25  # seconds for each part of a task whose third takes four seconds longer
 
 
 # The servers and the readers ----------------------------------------------------------------------
@@ -52,8 +52,9 @@ class Entry(NamedTuple):
 class Place:
     """A directory and a database, and the servers that work there, their work on record."""
 
-    def __init__(self, tmp: Path, database_url: str = "") -> None:
+    def __init__(self, tmp: Path, database_url: str = "", look: str = "1") -> None:
         self.tmp = tmp
+        self.look = look
         self.database_url = database_url or f"sqlite:///{tmp / 'tasks.sqlite'}"
         self.work_log = tmp / "work.log"
         self.work_log.touch()
@@ -64,7 +65,7 @@ class Place:
         port = free_port()
         words = [word.replace("{port}", str(port)) for word in (*RECORDED, *options)]
         own = {"DATABASE_URL": self.database_url, "WORK_LOG": str(self.work_log)}
-        own |= {"FAILING": str(FAILING), "SLOW": str(SLOW)}
+        own |= {"FAILING": str(FAILING), "SLOW": str(SLOW), "LOOK": self.look}
         log = self.tmp / f"server-{len(self.servers)}.log"
         server = Process(words, log, port, cwd=cwd, env=ENVIRONMENT | own | environment)
         self.servers.append(server)
@@ -95,10 +96,13 @@ class Place:
 
 
 @contextmanager
-def place(database_url: str = "") -> Iterator[Place]:
-    """A place in a directory of its own; its servers are killed in the end."""
+def place(database_url: str = "", look: str = "1") -> Iterator[Place]:
+    """A place in a directory of its own; its servers are killed in the end.
+
+    They look for dead servers every `look` seconds.
+    """
     with tempfile.TemporaryDirectory() as tmp:
-        here = Place(Path(tmp), database_url)
+        here = Place(Path(tmp), database_url, look)
         try:
             yield here
         finally:
@@ -168,7 +172,7 @@ class Reader:
         headers = {} if self.last_event_id is None else {"Last-Event-ID": str(self.last_event_id)}
         url = f"{self.url}/tasks/{self.task_id}/events"
         with requests.get(url, headers=headers, stream=True, timeout=LIMIT) as response:
-            self.connections += 1
+            self.connections += response.ok
             self.status = response.status_code
             fields: dict[str, str] = {}
             for line in response.iter_lines(chunk_size=1, decode_unicode=True):
@@ -306,7 +310,7 @@ def save_the_code(here: Place, tasks: int, parts: int, readers: int) -> str:
 def lose_one_of_two(here: Place) -> str:
     """Kill one of two servers for good."""
     lost, other = (here.serve() for _ in range(2))
-    parts = 14
+    parts = 10
     readers: list[Reader] = []
     # Whichever asks first gets a task: start some until the one that will be lost has just got one.
     while not any(here.workers(reader.task_id)[-1] == lost.pid for reader in readers[-1:]):
@@ -327,14 +331,14 @@ def slow_is_not_dead(here: Place, seconds: float) -> str:
     """Let a part take much longer than it was said to, and a server hang: both keep their task."""
     first, other = (here.serve() for _ in range(2))
     slow = Reader(first.url, start_task(first, 4, SLOW))
-    hung = Reader(other.url, start_task(first, 8, 0.5))
+    hung = Reader(other.url, start_task(first, 6, 0.5))
     hung.wait_for_event(1)
     (pid,) = set(here.workers(hung.task_id))
     os.kill(pid, signal.SIGSTOP)
     time.sleep(seconds)  # nothing that could be waited for should happen
     os.kill(pid, signal.SIGCONT)
     assert_exact(slow.wait(), 4)
-    assert_exact(hung.wait(), 8)
+    assert_exact(hung.wait(), 6)
     for reader in (slow, hung):
         assert set(here.begun(reader.task_id).values()) == {1}, "each part once"
     return f"each part was done once, also that of a server that hung for {seconds:.0f} s"
@@ -419,7 +423,7 @@ def take_the_database_away(here: Place, postgres: Postgres, away: Away, seconds:
     """Take the database from a task and its reader for so many seconds."""
     server = here.serve(KEEP_ALIVE="1")
     url, body = f"{server.url}/tasks", {"parts": 1, "seconds": 0}
-    task_id = start_task(server, 14, 0.5)
+    task_id = start_task(server, 9, 0.5)
     reader = Reader(server.url, task_id)
     reader.wait_for_event(1)
     key = {"Idempotency-Key": uuid.uuid4().hex}
@@ -427,12 +431,14 @@ def take_the_database_away(here: Place, postgres: Postgres, away: Away, seconds:
         back = time.monotonic() + seconds
         # The connections that are open are told by and by.
         wait_for(lambda: requests.get(f"{url}/{task_id}", timeout=LIMIT).status_code == 503, "503")
-        answers = [
-            requests.get(f"{url}/{task_id}", timeout=LIMIT),
-            requests.get(f"{url}/{task_id}/events", timeout=LIMIT),
-            requests.post(url, json=body, headers=key, timeout=LIMIT),
-            requests.delete(f"{url}/{task_id}", timeout=LIMIT),
-        ]
+        with ThreadPoolExecutor() as pool:
+            asked = [
+                pool.submit(requests.get, f"{url}/{task_id}", timeout=LIMIT),
+                pool.submit(requests.get, f"{url}/{task_id}/events", timeout=LIMIT),
+                pool.submit(requests.post, url, json=body, headers=key, timeout=LIMIT),
+                pool.submit(requests.delete, f"{url}/{task_id}", timeout=LIMIT),
+            ]
+        answers = [each.result() for each in asked]
         for answer in answers:
             assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
         slowest = max(answer.elapsed.total_seconds() for answer in answers)
@@ -444,7 +450,7 @@ def take_the_database_away(here: Place, postgres: Postgres, away: Away, seconds:
     started = time.monotonic()
     wait_for(lambda: len(reader.events) > seen, "the task to go on")
     took = time.monotonic() - started
-    assert_exact(reader.wait(), 14)
+    assert_exact(reader.wait(), 9)
     assert reader.connections == 1
     # Whether the POST was carried out, nobody knows. Sent again, with its key, it is done once.
     with connect(server) as client:

@@ -1,7 +1,7 @@
 """recipes/long_task whose work is on record, and which can be told to go wrong.
 
 Each part appends to the file `WORK_LOG` a line when it begins and one when it ends. In a task with
-`FAILING` seconds for each part, the third raises; in one with `SLOW` seconds, the third takes six
+`FAILING` seconds for each part, the third raises; in one with `SLOW` seconds, the third takes four
 seconds longer than it was said to. After part `PAUSE_AFTER` the workflow waits, when the part has
 been kept. The first `LOST_WRITES` times that PostgreSQL is to keep a part's result, the session is
 ended just then. `LOOK` and `KEEP_ALIVE` are the recipe's own.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 import sqlalchemy as sa
 from dbos import DBOS
 
@@ -26,7 +27,6 @@ WORK_LOG = Path(os.environ["WORK_LOG"])
 FAILING, SLOW = float(os.environ["FAILING"]), float(os.environ["SLOW"])
 PAUSE_AFTER = int(os.environ.get("PAUSE_AFTER", "0"))
 lost_writes = int(os.environ.get("LOST_WRITES", "0"))
-ask = long_task.ask
 
 
 def note(what: str, part: int) -> None:
@@ -37,7 +37,7 @@ def note(what: str, part: int) -> None:
 @DBOS.step(name="work", retries_allowed=True)
 async def recorded_work(part: int, seconds: float) -> float:
     note("begin", part)
-    await asyncio.sleep(seconds + (6 if seconds == SLOW and part == 2 else 0))
+    await asyncio.sleep(seconds + (4 if seconds == SLOW and part == 2 else 0))
     if seconds == FAILING and part == 2:
         raise ValueError("no space left on the disk")
     note("end", part)
@@ -78,5 +78,6 @@ async def broken(seconds: float) -> None:
     async def raises(*_: Any) -> Any:
         raise IndexError("list index out of range")
 
-    long_task.ask = raises  # type: ignore[assignment]
-    asyncio.get_running_loop().call_later(seconds, setattr, long_task, "ask", ask)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(long_task, "ask", raises)
+    asyncio.get_running_loop().call_later(seconds, patch.undo)
