@@ -1,7 +1,6 @@
-"""The database of long_task: it may go away, and so may the servers that share it.
+"""The database of long_task, SQLite or PostgreSQL: it may go away, and its servers may die.
 
-It is SQLite, for the servers of one machine, or PostgreSQL. Nothing here is about tasks, so you can
-read long_task.py without it, and use it for other workflows.
+Nothing here is about tasks. You can read long_task.py without it, or use it for other workflows.
 """
 
 import asyncio
@@ -23,8 +22,7 @@ from sqlalchemy import event, exc
 from recipes.common import database_url, in_one_line
 
 NAME = "long_task"  # of the workflow and its queue
-FILE = Path(__file__).resolve().with_name("long_task.sqlite")
-DATABASE_URL = database_url(default=f"sqlite:///{FILE}")
+DATABASE_URL = database_url(f"sqlite:///{Path(__file__).resolve().with_name('long_task.sqlite')}")
 IS_SQLITE = DATABASE_URL.startswith("sqlite:")
 POSTGRESQL = {
     "connect_timeout": "3",
@@ -84,15 +82,17 @@ def launch() -> None:
             "application_version": "1",
             "executor_id": SERVER,
             "use_listen_notify": False,
-            "log_level": "CRITICAL",  # all that is wrong is told by the recipe
+            "log_level": "CRITICAL",  # the recipe itself tells what is wrong
         }
     )
     DBOS.launch()
     secret = UUID(DBOS.get_latest_application_version()["version_id"])
-    wait_for_it_from_now_on()
+    wait_while_it_is_away()
 
 
-def wait_for_it_from_now_on() -> None:
+def wait_while_it_is_away() -> None:
+    """Let DBOS wait for the database from now on, and go on as soon as it is back."""
+
     @event.listens_for(engine, "handle_error")
     def take_as_lost_connection(context: sa.engine.ExceptionContext) -> None:
         # DBOS waits where a connection is lost. By any other error the workflow would fail, also
@@ -116,6 +116,7 @@ def make_what_is_missing() -> None:
 
 
 def stop() -> None:
+    """Hand over what this server works on: what is left behind counts as a death."""
     DBOS.destroy()
     client = DBOSClient(system_database_engine=engine, lazy=True)
     mine = client.list_workflows(name=NAME, status="PENDING", executor_id=SERVER, load_input=False)
