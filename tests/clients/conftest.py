@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,44 +9,19 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, wait_for
+from tests.support.processes import RunningClient
 from tests.support.wrong_servers import load
 
-
-class Running:
-    """A client in a process of its own, and what it has printed so far."""
-
-    def __init__(self, folder: Path, client: str, *arguments: str) -> None:
-        self.out, self.err = folder / f"{client}.out", folder / f"{client}.err"
-        with self.out.open("wb") as out, self.err.open("wb") as err:
-            command = [sys.executable, str(ROOT / f"{client}.py"), *arguments]
-            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
-
-    def lines(self) -> list[str]:
-        return self.out.read_text().splitlines()
-
-    def wait_for_lines(self, count: int) -> list[str]:
-        wait_for(lambda: len(self.lines()) >= count, f"{count} lines from {self.popen.args!r}")
-        return self.lines()
-
-    def wait(self) -> int:
-        return self.popen.wait(LIMIT)
-
-    @property
-    def errors(self) -> list[str]:
-        return self.err.read_text().splitlines()
-
-
-Run = Callable[..., Running]
+Run = Callable[..., RunningClient]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     """Start clients: `run(client, url)`."""
-    running: list[Running] = []
+    running: list[RunningClient] = []
 
-    def run(client: str, *arguments: str) -> Running:
-        running.append(Running(tmp_path, client, *arguments))
+    def run(client: str, *arguments: str) -> RunningClient:
+        running.append(RunningClient(tmp_path, client, *arguments))
         return running[-1]
 
     yield run

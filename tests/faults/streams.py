@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import json
 import logging
-import signal
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import aiohttp
 
 import client_async
 import client_sync
+from tests.support import stopping
 from tests.support.processes import ENVIRONMENT, LOG_CONFIG, ROOT, Process, free_port, wait_for
 from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
 
@@ -119,17 +119,17 @@ class Reader:
 
 
 def save_a_file(server: Process) -> None:
-    Path(server.options["cwd"], "saved.py").touch()
+    stopping.save_a_file(server)
     server.wait_for_log("Application startup complete", count=2)
 
 
 def press_ctrl_c(server: Process) -> None:
-    server.signal(signal.SIGINT, everyone=True)
+    stopping.press_ctrl_c(server)
     server.wait()
 
 
 def terminate(server: Process) -> None:
-    server.signal(signal.SIGTERM)
+    stopping.terminate(server)
     server.wait()
 
 

@@ -245,13 +245,13 @@ def test_any_question_passes_as_it_came(
     assert "/chat/completions?api-version=2&x=a%20b " in upstream.asked[-1][0]
 
 
-@pytest.mark.parametrize("question", [b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"], ids=str)
-def test_even_one_that_is_none(relay: Process, upstream: Upstream, question: bytes) -> None:
+def test_even_one_that_is_none(relay: Process, upstream: Upstream) -> None:
     refusal = b'{"error": {"message": "What?"}}'
     upstream.answers[""] = http(refusal, "400 Bad Request")
-    response = post(relay, question)
-    assert (response.status_code, response.content) == (400, refusal)
-    assert upstream.asked[-1][1] == question
+    for question in (b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"):
+        response = post(relay, question)
+        assert (response.status_code, response.content) == (400, refusal)
+        assert upstream.asked[-1][1] == question
 
 
 def test_headers(relay: Process, upstream: Upstream) -> None:

@@ -13,14 +13,10 @@ from websockets.sync.client import connect
 
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, need, run_python
 from tests.support.raw_reader import RawReader, read_until, wait_until_idle
-from tests.support.stopping import KINDS, Streams, assert_no_error, terminate
+from tests.support.stopping import KINDS, Streams, assert_no_error, save_a_file, terminate
 
 UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}", "--no-access-log")
 APP, STACKS = "tests.support.endings:app", "tests.support.endings:stacks"
-
-
-def save_a_file(server: Process) -> None:
-    Path(server.options["cwd"], "saved.py").touch()
 
 
 # In a mounted app, from the outside; one in the outer app and one in the mounted; among others'

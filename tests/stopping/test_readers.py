@@ -1,21 +1,17 @@
-"""Readers that vanish, that stop reading, and that are too many."""
+"""Readers that vanish, and readers that stop reading."""
 
 import json
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests.support.processes import (
     LOG_CONFIG,
-    ROOT,
     UVICORN,
     Process,
     Start,
@@ -136,33 +132,3 @@ def test_stuck_readers_hold_up_nobody(server: Process) -> None:
     reached = closed_generators(server)[2:]
     print(f"their generators waited at event {min(reached)} to {max(reached)} of 100,000")
     assert max(reached) < 90_000  # they stood still, and did not go on without a reader
-
-
-def test_limit_of_streams(start: Start) -> None:
-    """`--limit-concurrency 4` serves three streams; the next reader gets a 503, and tries again."""
-    server = start(*UVICORN, "--limit-concurrency", "4")
-    streams = [RawReader(server.port, "/ndjson?interval=10") for _ in range(3)]
-    assert read_until(streams, lambda: all(stream.arrivals for stream in streams))
-
-    refused = RawReader(server.port, "/ndjson")
-    assert read_until([refused], lambda: refused.ended_at)
-    assert (refused.status, bytes(refused.body)) == (503, b"Service Unavailable")
-
-    url = f"{server.url}/ndjson?interval=0.01"
-    commands: list[list[Any]] = [
-        [sys.executable, ROOT / "client_sync.py", url],
-        [sys.executable, ROOT / "client_async.py", url],
-    ]
-    clients = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    for client in clients:  # each of them has been refused before a place is free
-        assert client.stderr
-        assert "the server answered 503 Service Unavailable" in client.stderr.readline()
-    for stream in streams:
-        stream.close()
-    for client in clients:
-        stdout, stderr = client.communicate(timeout=60)
-        assert client.returncode == 0, stderr
-        assert len(stdout.splitlines()) == 10

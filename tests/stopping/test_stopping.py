@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, UVICORN, Process, Start, wait_for
+from tests.support.processes import ROOT, UVICORN, Process, RunningClient, Start
 from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
-from tests.support.stopping import assert_no_error, press_ctrl_c, terminate
+from tests.support.stopping import assert_no_error, press_ctrl_c, save_a_file, terminate
 
 READERS = 100
 # How long streams may take to end in a test: on a busy machine not a quarter of a second, but far
@@ -38,12 +38,6 @@ run = uvicorn.run
 uvicorn.run = lambda app, **options: run(app, **options | {"port": int(sys.argv[1])})
 runpy.run_path("main.py", run_name="__main__")
 """
-
-
-def save_a_file(server: Process) -> None:
-    """Do what an editor does."""
-    with (Path(server.options["cwd"]) / "main.py").open("a") as file:
-        file.write("# saved\n")
 
 
 RELOAD = (*UVICORN, "--reload")
@@ -82,10 +76,11 @@ def test_every_stream_ends_at_once_and_goes_on(
 
     # First those that take a while to start. Their streams are long enough for what follows.
     clients = [
-        Client(script, f"{server.url}/ndjson?interval=1", tmp_path)
-        for script in ("client_sync.py", "client_async.py")
+        RunningClient(tmp_path, client, f"{server.url}/ndjson?interval=1")
+        for client in ("client_sync", "client_async")
     ]
-    wait_for(lambda: all(client.printed() for client in clients), "the clients' first events")
+    for client in clients:
+        client.wait_for_lines(1)
     kinds = itertools.cycle(itertools.product(FORMATS, (10, 0.5, 0.05)))
     readers = [
         RawReader(server.port, f"{path}?steps=100000&interval={interval}")
@@ -121,7 +116,7 @@ def test_every_stream_ends_at_once_and_goes_on(
         print(f"the server was down after {time.time() - stopped_at:.2f} s")
         server.start()
     for client in clients:
-        client.assert_went_on()
+        assert_went_on(client)
     assert_no_error(server)
 
 
@@ -132,24 +127,11 @@ def read_all(port: int, headers: str) -> RawReader:
     return reader
 
 
-class Client:
-    """A client script, run as a person does, whose output can be looked at while it runs."""
-
-    def __init__(self, script: str, url: str, folder: Path) -> None:
-        self.stdout, self.stderr = folder / f"{script}.out", folder / f"{script}.err"
-        with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
-            self.popen = subprocess.Popen(
-                [sys.executable, ROOT / script, url], stdout=stdout, stderr=stderr
-            )
-
-    def printed(self) -> list[str]:
-        return self.stdout.read_text().splitlines()
-
-    def assert_went_on(self) -> None:
-        assert self.popen.wait(60) == 0, self.stderr.read_text()
-        events = [json.loads(line.partition("  ")[2]) for line in self.printed()]
-        assert [event["event_id"] for event in events] == list(range(10))
-        assert "resuming it" in self.stderr.read_text()
+def assert_went_on(client: RunningClient) -> None:
+    assert client.wait() == 0, client.errors
+    events = [json.loads(line.partition("  ")[2]) for line in client.lines()]
+    assert [event["event_id"] for event in events] == list(range(10))
+    assert "resuming it" in client.errors[0]
 
 
 STUCK = "/ndjson?steps=100000&interval=0"  # a reader that does not read this blocks its sending

@@ -188,3 +188,27 @@ def run_client(script: str, *arguments: str, **options: Any) -> subprocess.Compl
         timeout=LIMIT * 2,
         **{"env": ENVIRONMENT, **options},
     )
+
+
+class RunningClient:
+    """A client in a process of its own, and what it has printed so far."""
+
+    def __init__(self, folder: Path, client: str, *arguments: str) -> None:
+        self.out, self.err = folder / f"{client}.out", folder / f"{client}.err"
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            command = [sys.executable, str(ROOT / f"{client}.py"), *arguments]
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
+
+    def lines(self) -> list[str]:
+        return self.out.read_text().splitlines()
+
+    def wait_for_lines(self, count: int) -> list[str]:
+        wait_for(lambda: len(self.lines()) >= count, f"{count} lines from {self.popen.args!r}")
+        return self.lines()
+
+    def wait(self) -> int:
+        return self.popen.wait(LIMIT)
+
+    @property
+    def errors(self) -> list[str]:
+        return self.err.read_text().splitlines()

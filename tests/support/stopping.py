@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from tests.support.processes import Process
 from tests.support.raw_reader import RawReader, read_until
@@ -18,6 +19,11 @@ def terminate(server: Process) -> None:
 def press_ctrl_c(server: Process) -> None:
     """Send SIGINT to everyone in the foreground, once."""
     server.signal(signal.SIGINT, everyone=True)
+
+
+def save_a_file(server: Process) -> None:
+    """Do what an editor does, in the folder that `--reload` watches."""
+    Path(server.options["cwd"], "saved.py").touch()
 
 
 def assert_no_error(server: Process) -> None:
