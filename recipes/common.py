@@ -14,7 +14,7 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -22,6 +22,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, BeforeValidator
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -120,6 +121,24 @@ async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: fl
         except Exception as error:
             logger.error("%s: %s", what, in_one_line(error))
             await asyncio.sleep(pause)
+
+
+# What a message of the OpenAI API says: a text, or parts of it.
+
+
+class Part(BaseModel):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+def join_parts(content: object) -> object:
+    """Return the text of a list of parts, and anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(Part.model_validate(part).text for part in content)
+
+
+Text = Annotated[str, BeforeValidator(join_parts)]
 
 
 # The errors of the OpenAI API: https://platform.openai.com/docs/guides/error-codes

@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from starlette.types import Send
 
 from main import EndStreams, Stream
-from recipes.common import openai_error, prepare, use_openai_errors
+from recipes.common import Text, openai_error, prepare, use_openai_errors
 from recipes.parrot import parrot, to_tokens
 
 logger = logging.getLogger("uvicorn.error")
@@ -31,18 +31,9 @@ logger = logging.getLogger("uvicorn.error")
 # 1. The question, and what the parrot makes of it -------------------------------------------------
 
 
-class Part(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
 class ChatMessage(BaseModel):
     role: str
-    content: str | list[Part] | None = None
-
-    def text(self) -> str:
-        content = self.content or ""
-        return content if isinstance(content, str) else "\n".join(part.text for part in content)
+    content: Text | None = None
 
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -68,12 +59,12 @@ class Question(BaseModel):
 
 def plan(question: Question) -> tuple[str, str, dict[str, int]]:
     """Return the answer's text, why it ends, and the usage. A parrot knows all that in advance."""
-    text = question.messages[-1].text()
+    text = question.messages[-1].content or ""
     ends = [end for stop in question.stop or [] if (end := text.find(stop)) >= 0]
     tokens = to_tokens(text[: min(ends, default=None)])
     limit = question.max_completion_tokens or question.max_tokens or len(tokens)
     made = min(limit, len(tokens))
-    read = sum(len(to_tokens(message.text())) for message in question.messages)
+    read = sum(len(to_tokens(message.content or "")) for message in question.messages)
     usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
     return "".join(tokens[:made]), "stop" if made == len(tokens) else "length", usage
 

@@ -106,9 +106,7 @@ def test_asked_without_a_stream_whether_a_dead_server_still_makes_it(
     assert error.message == "The server that made it is gone."
 
 
-def test_a_stopped_server_finishes_what_is_nearly_done_and_tells_the_rest(
-    ask: Ask, redis: RedisServer
-) -> None:
+def test_a_stopped_server_finishes_what_is_nearly_done(ask: Ask, redis: RedisServer) -> None:
     servers = [ask.serve(redis.port) for _ in range(2)]
     here, there = (asked(server) for server in servers)
     short = here.responses.create(model="parrot", input=words(60), background=True)
@@ -116,10 +114,7 @@ def test_a_stopped_server_finishes_what_is_nearly_done_and_tells_the_rest(
     servers[0].signal(signal.SIGTERM)
     servers[0].wait()
     assert there.responses.retrieve(short.id).output_text == words(60)
-    told = there.responses.retrieve(long.id)
-    assert told.status == "failed"
-    assert told.error
-    assert told.error.message == "The server was stopped."
+    wait_for(lambda: there.responses.retrieve(long.id).status == "failed", "it to be given up")
     assert "Traceback" not in servers[0].log
 
 
@@ -206,8 +201,7 @@ def test_redis_fails(
                 repeat, pool.map(time_of, *zip(*repeat, strict=True)), strict=True
             ):
                 assert took < 5 + 3, (method, path)  # the machine may be busy
-                can_read = fail in (read_only, full, other_user) and method == "GET"
-                assert status == (200 if can_read else 503), (method, path)
+                assert status == 503, (method, path)
         redis.signal(signal.SIGCONT)
         line.mend()
         line.call(line.silent.clear)
@@ -261,7 +255,7 @@ def test_a_loop_in_the_background_survives_what_nobody_expected(
 ) -> None:
     servers = [ask.serve(redis.port, environment={"FAIL": "1"}) for _ in range(2)]
     here, there = (asked(server) for server in servers)
-    for loop in ("reading answers", "a sign of life"):
+    for loop in ("answers",):
         expected = f"ERROR: +{loop}: ZeroDivisionError: nobody expected this\n"
         servers[1].wait_for_log(expected, 2)
     # Without the one, nothing would be read here; without the other, it would be given up.
@@ -294,5 +288,5 @@ def test_a_password_is_in_no_log(ask: Ask, redis: RedisServer) -> None:
     server = ask.serve(environment={"REDIS_URL": url})
     with pytest.raises(openai.InternalServerError) as told:
         asked(server).responses.create(model="parrot", input="a b")
-    server.wait_for_log("reading answers: ")
+    server.wait_for_log("answers: ")
     assert "secret" not in server.log + str(told.value)
