@@ -70,6 +70,8 @@ class LimitBodies:
             read += len(message.get("body", b""))
             if read > MAX_BODY:
                 raise error
+            if not message.get("more_body"):
+                read = 0  # the body is complete, but some middlewares repeat it forever
             return message
 
         length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
@@ -97,7 +99,7 @@ async def invalid_input(_: Request, error: RequestValidationError) -> Response:
     """
     errors = error.errors()
     try:
-        detail = json.loads(json.dumps(jsonable_encoder(errors)), parse_constant=str)
+        detail = json.loads(json.dumps(errors, default=jsonable_encoder), parse_constant=str)
     except (ValueError, RecursionError):  # the input is not UTF-8, or nested too deeply
         detail = [{name: each[name] for name in ("type", "loc", "msg")} for each in errors]
     return ASCIIResponse({"detail": detail}, 422)
@@ -218,9 +220,15 @@ def is_readable(url: str) -> bool:
 
 def upstream() -> tuple[str, str]:
     """Return UPSTREAM_URL and UPSTREAM_KEY, each "" if it is not set."""
+    import httpx2
+
     url, key = (os.environ.get(name, "").strip() for name in ("UPSTREAM_URL", "UPSTREAM_KEY"))
     address = r"https?://([^\s/?#]+@)?(\[\S+\]|[^\s/?#:]+)(:[1-6]?\d{1,4})?(/[^\s?#]*)?"
-    if url and not re.fullmatch(address, url):
+    try:
+        valid = bool(not url or (re.fullmatch(address, url) and httpx2.URL(url)))
+    except httpx2.InvalidURL:  # such as 256.0.0.1
+        valid = False
+    if not valid:
         raise SystemExit("UPSTREAM_URL must be an address such as https://api.openai.com/v1.")
     if not re.fullmatch("[!-~]*", key):
         raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
@@ -258,8 +266,13 @@ def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
     options |= {"socket_timeout": None, "socket_connect_timeout": None}
     # Protocol 3 notices a broken connection only when it is used.
     options |= {"protocol": 2, "encoding_errors": "replace"}
+    # A raw / ? or # in the password would make a part of it the host or the port.
+    spelling = r"rediss?://[^/?#]*(/\d*)?(\?\w+=[^#]*)?"
+    spelling += r"|rediss?\+sentinel://[^/?#]+/[^/?#]+|unix://.*/.+"
     try:
-        address = urlsplit(url)
+        address = urlsplit(url := url.strip())
+        if not re.fullmatch(spelling, url, re.IGNORECASE):
+            raise ValueError
         if not address.scheme.endswith("+sentinel"):
             client = Redis.from_url(url, **options)
             # This finds options that do not exist.
@@ -269,9 +282,11 @@ def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
         options["username"], _, options["password"] = map(unquote, login.partition(":"))
         options["ssl"] = address.scheme.startswith("rediss")
         pairs = [
-            (host, int(port)) for host, _, port in (h.rpartition(":") for h in hosts.split(","))
+            (host.strip("[]"), int(port))
+            for host, _, port in (h.rpartition(":") for h in hosts.split(","))
         ]
-    except (ValueError, TypeError):  # their message may contain a part of the password
+    except (ValueError, TypeError, AttributeError):
+        # Their message may contain a part of the password.
         raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
     quick = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": None}  # one may hang
     sentinel = Sentinel(pairs, sentinel_kwargs=quick)  # type: ignore[no-untyped-call]

@@ -46,7 +46,8 @@ Stops = Annotated[
 
 class Question(BaseModel):
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    # At the first error: a body of 1 MB can have 500,000 of them, and everybody else would wait.
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     max_completion_tokens: AtLeastOne | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,6 +195,16 @@ def test_a_wrong_question(
         assert "\n" not in raised.value.message
 
 
+@pytest.mark.parametrize("wrong", ["[%s]", '[{"role": "user", "content": [%s]}]'])
+def test_the_first_of_many_errors_is_told(parrot: Process, wrong: str) -> None:
+    """For FastAPI to list them all takes seconds, in which everybody else waits."""
+    messages = wrong % ",".join(["{}"] * 300_000)
+    before = psutil.Process(parrot.pid).cpu_times().user
+    response = post(parrot, f'{{"model": "parrot", "messages": {messages}}}'.encode())
+    assert response.status_code == 400
+    assert psutil.Process(parrot.pid).cpu_times().user < before + 1
+
+
 def test_errors_have_the_shape_that_the_api_has(either: Process) -> None:
     for method, path, status in (
         ("GET", "/v1/embeddings", 404),
@@ -277,6 +288,11 @@ def test_an_answer_that_is_cut_does_not_look_complete(start: Start) -> None:
     server.kill()
     with pytest.raises(openai.APIConnectionError):
         list(stream)
+
+
+def test_a_middleware_that_repeats_the_body(start: Start) -> None:
+    """Repeated, it is more than 1 MB."""
+    assert read(serve(start, "repeated"), question=QUESTION + LONG, max_tokens=9)[1] is None
 
 
 def test_a_model_that_fails(start: Start) -> None:

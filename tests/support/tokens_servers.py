@@ -2,6 +2,7 @@
 
 The environment variable CONSTANTS changes their constants: `{"parrot.SECONDS_PER_TOKEN": 0}`.
 `cut_up` is `tokens` with its streams in small pieces, `failing` is one whose model fails.
+`repeated` is `tokens` behind a middleware that has read the body, and gives it again and again.
 """
 
 import asyncio
@@ -63,3 +64,17 @@ async def cut_up(scope: Scope, receive: Receive, send: Send) -> None:
                 await asyncio.sleep(0)  # what is sent in one turn leaves in one piece
 
     await tokens.app(scope, receive, cut if scope["type"] == "http" else send)
+
+
+async def repeated(scope: Scope, receive: Receive, send: Send) -> None:
+    from recipes import tokens
+
+    async def repeat() -> Message:
+        await asyncio.sleep(0)
+        return message
+
+    if scope["type"] == "http":
+        message = await receive()
+        while message["more_body"]:
+            message = {**(more := await receive()), "body": message["body"] + more["body"]}
+    await tokens.app(scope, repeat if scope["type"] == "http" else receive, send)
