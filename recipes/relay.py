@@ -50,7 +50,8 @@ def ends(part: bytes, is_stream: bool) -> bool:
     if data.startswith(b"[DONE]"):
         return True
     try:
-        answer = json.loads(data.strip() or (b"{}" if fields else b""))
+        text = data.decode("utf-8-sig", "replace").strip()  # half a character may be in a token
+        answer = json.loads(text or ("{}" if fields else ""))
         reasons = [choice.get("finish_reason") for choice in answer.get("choices") or []]
     except (ValueError, TypeError, AttributeError, RecursionError):  # not JSON, or another shape
         raise openai_error(502, "The upstream's answer is not of this protocol:", part) from None
@@ -93,8 +94,9 @@ class Answer(Stream):
             yield response
             rest = b""
             async for piece in response.aiter_bytes():
-                rest += piece
                 may_end = self.is_stream and re.search(rb"[\r\n]", piece)
+                searched, rest = len(rest), rest + piece
+                may_end = may_end and EVENT_END.search(rest, searched)
                 *events, rest = EVENT_END.split(rest) if may_end else [rest]
                 for event in filter(bytes.strip, events):
                     yield event
@@ -120,6 +122,8 @@ class Answer(Stream):
                 if not (complete or is_stream):
                     break
                 await self.say(part)
+                if complete and is_stream and (b"data", b"[DONE]") in FIELD.findall(part):
+                    break  # some upstreams keep the connection open
         except httpx2.HTTPError:
             if not (complete and is_stream):
                 raise

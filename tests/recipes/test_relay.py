@@ -216,6 +216,28 @@ def test_a_complete_stream_passes_however_it_comes(relay: Process, name: str) ->
     assert read(relay, model=name, stream=True) == ("One two", None)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(b'data: {"own": "\xf0\x9f"}\n\n', id="half a character"),
+        pytest.param(b"data: {\n" + b"data: \n" * 800_000 + b"data: }\n\n", id="many lines"),
+    ],
+)
+def test_an_odd_event_passes_and_holds_nobody_up(
+    relay: Process, upstream: Upstream, odd: bytes
+) -> None:
+    upstream.answers["odd"] = http(odd + COMPLETE)
+    before = psutil.Process(relay.pid).cpu_times().user
+    assert post(relay, asked(model="odd", stream=True)).content == odd + COMPLETE
+    assert psutil.Process(relay.pid).cpu_times().user < before + 6
+
+
+def test_an_answer_ends_with_done(lively: Process) -> None:
+    """Some upstreams keep the connection open."""
+    answer = post(lively, asked(model="way: stalled after its end", stream=True))
+    assert answer.content == COMPLETE
+
+
 def test_a_complete_body_passes_as_it_came(relay: Process) -> None:
     response = post(relay, asked(model="complete"))
     assert response.content == whole("One two", own=[None, 1])
@@ -491,6 +513,7 @@ def test_many_at_once(lively: Process, upstream: Upstream) -> None:
     [
         ("UPSTREAM_URL", "api.openai.com/v1"),
         ("UPSTREAM_URL", "http://localhost:x/v1"),
+        ("UPSTREAM_URL", "http://256.0.0.1/v1"),
         ("UPSTREAM_KEY", "s3cret☕"),
     ],
 )
