@@ -116,10 +116,14 @@ class RedisLog(Log):
     async def follow(self) -> None:
         """Append the new events of channels that rang, the latest first: bells before routine."""
         await self.ringing.wait()
-        some = [self.rang.popitem() for _ in range(min(20, len(self.rang)))]
+        rang: list[tuple[Channel, asyncio.Event]] = []
+        # Up to 20 at once, but one that was not read yet alone: it may have 30 MB of events.
+        while self.rang and len(rang) < 20 and all(channel.floor for channel, _ in rang):
+            name, read = self.rang.popitem()
+            if channel := self.channels.get(name):
+                rang.append((channel, read))
         if not self.rang:
             self.ringing.clear()
-        rang = [(channel, read) for name, read in some if (channel := self.channels.get(name))]
         lasts = [(channel.ids or [channel.floor or "-"])[-1] for channel, _ in rang]
         pairs = zip(rang, lasts, strict=True)
         commands = [("EVAL", READ, 1, f"feed:{c.name}", last) for (c, _), last in pairs]
@@ -144,4 +148,3 @@ class RedisLog(Log):
                 read.set()
             except Exception as error:
                 logger.error("feed: cannot read channel %s: %s", channel.name, in_one_line(error))
-                asyncio.get_running_loop().call_later(1, self.ring, channel.name)

@@ -1,10 +1,10 @@
 """recipes/feed.py on Redis: two servers, one log; Redis, or the way to it, breaks in every way."""
 
+import json
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,21 +15,20 @@ import psutil
 import pytest
 import requests
 
+from recipes.common import connect_to_redis
 from recipes.feed import KEEP
 from tests.support.event_sources import EventSource, event_sources
 from tests.support.event_sources import EventSources as Readers
 from tests.support.feed import numbers, publish
 from tests.support.processes import (
-    ENVIRONMENT,
     LIMIT,
-    ROOT,
     Process,
     Start,
     free_port,
     need,
     wait_for,
 )
-from tests.support.recipes import start_recipe
+from tests.support.recipes import start_app, start_recipe
 from tests.support.redis_server import BadLine, running_redis
 from tests.support.redis_server import RedisServer as Redis
 
@@ -60,6 +59,11 @@ def serve(start: Start, tmp_path: Path) -> Serve:
         return start_recipe(start, "recipes.feed", tmp_path, REDIS_URL=url)
 
     return serve
+
+
+def start_changed(start: Start, redis: Redis, **constants: float) -> Process:
+    changes = {"REDIS_URL": redis.redis_url, "CONSTANTS": json.dumps(constants)}
+    return start_app(start, "tests.support.feed_apps:changed", "--factory", **changes)
 
 
 def wait_for_data(sources: Iterable[EventSource], count: int) -> None:
@@ -307,21 +311,42 @@ def test_what_others_put_into_the_stream(serve: Serve, redis: Redis, readers: Re
 
 
 def test_something_else_in_the_place_of_one_channel(
-    serve: Serve, redis: Redis, readers: Readers
+    start: Start, redis: Redis, readers: Readers
 ) -> None:
+    """It is read again and again, but not more and more often."""
     redis.client.set(KEY, "text")
-    server = serve(redis.port)
+    server = start_changed(start, redis, CHECK=0.1)
     (source,) = readers.open(server.port)
     (other,) = readers.open(server.port, path="/feed/other")
     server.wait_for_log("feed: cannot read channel goals: .*WRONGTYPE")
     assert post(server, "x").status_code == 503
     publish(server, "y", path="/feed/other")
     wait_for_data([other], 1)
+
+    def calls(command: str) -> int:
+        return int(redis.client.info("commandstats")[f"cmdstat_{command}"]["calls"])
+
+    wait_for(lambda: calls("subscribe") > 80, "all channels to be read 80 times")
+    assert calls("eval") < 3 * calls("subscribe")  # there are two, and a new reader each second
     redis.client.delete(KEY)
     wait_for(lambda: source.last_event_id, "the log")
     publish(server, "z")
     wait_for_data([source], 1)
     assert not source.gaps + other.gaps
+
+
+def test_many_channels_that_are_full(start: Start, redis: Redis, readers: Readers) -> None:
+    """What Redis has no time to answer at once is read piece by piece."""
+    redis.client.config_set("appendonly", "no")
+    pipeline = redis.client.pipeline()
+    for number in range(20 * KEEP):
+        pipeline.xadd(f"feed:{number % 20}", {"data": "x" * 6000})
+    pipeline.execute()
+    server = start_changed(start, redis, PATIENCE=0.4)
+    paths = [f"/feed/{number}" for number in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        crowd = [*pool.map(lambda path: readers.open(server.port, path=path)[0], paths)]
+    wait_for(lambda: all(source.last_event_id for source in crowd), "the log")
 
 
 def test_a_channel_is_kept_while_it_is_read_and_forgotten_an_hour_later(
@@ -397,7 +422,7 @@ def test_an_address_with_a_password(
             "sentinel": f"redis+sentinel://:{quoted}@127.0.0.1:{hangs},127.0.0.1:{sentinel_port}/goals-db",
         }
         for address in addresses.values():
-            server = serve(address)
+            server = serve(f" {address} ")
             (source,) = readers.open(server.port)
             publish(server, "x")
             wait_for_data([source], 1)
@@ -405,9 +430,25 @@ def test_an_address_with_a_password(
             bad = serve(wrong)
             assert post(bad, "x").status_code == 503
             assert "s3cret" not in server.log + bad.log
-    for wrong in ("localhost:6379", f"redis://:{password}@localhost:6379"):
-        environment = {**ENVIRONMENT, "REDIS_URL": wrong}
-        command = [sys.executable, "-m", "uvicorn", "recipes.feed:app"]
-        ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert ended.stderr.strip() == ("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.")
-        assert ended.returncode
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "localhost:6379",
+            "redis://localhost:x",
+            "redis://localhost/x",
+            "redis://localhost?retry=3",
+        ),
+        *(
+            f"redis://:{password}@localhost"
+            for password in ("s3/cret", "a@s3/cret", "1/s3", "1?s3")
+        ),
+        *("redis+sentinel://localhost:26379", "redis+sentinel://localhost:26379/name?db=1"),
+    ],
+)
+def test_an_address_that_is_wrong(address: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        connect_to_redis(address, 1)
+    assert str(raised.value) == "REDIS_URL should be like redis://:P%40SSWORD@HOST:6379."

@@ -5,6 +5,8 @@ Each process calls one function, so each may change `recipes.feed.app`.
 
 import asyncio
 import contextvars
+import json
+import os
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,4 +50,12 @@ def limits() -> ASGIApp:
 def impatient() -> ASGIApp:
     """A channel is forgotten after a tenth of a second."""
     feed.FORGET = 0.1  # type: ignore[assignment]
+    return app
+
+
+def changed() -> ASGIApp:
+    """On Redis, with other constants: `CONSTANTS={"CHECK": 0.1}`."""
+    import recipes.feed_redis
+
+    vars(recipes.feed_redis).update(json.loads(os.environ["CONSTANTS"]))
     return app
