@@ -1,11 +1,13 @@
 """A PostgreSQL server with a cluster of its own, for a test to read, stop and kill."""
 
+import atexit
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,27 +77,46 @@ class Postgres(Process):
             wait_for(lambda: all(map(has_ended, left)), "the connections' processes to end")
 
 
+def new_directory() -> Path:
+    """Not pytest's own, which belongs to one user only: PostgreSQL refuses to run as root."""
+    directory = Path(tempfile.mkdtemp(prefix="postgres-"))
+    if os.getuid() == 0:
+        shutil.chown(directory, "postgres", "postgres")
+    return directory
+
+
+def as_its_user(directory: Path) -> dict[str, Any]:
+    """Options for a process of PostgreSQL's."""
+    user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    return {"cwd": directory, **(user if os.getuid() == 0 else {})}
+
+
+@cache
+def empty_cluster() -> Path:
+    """Make a cluster that each test copies: to make one needs ten times as much CPU."""
+    initdb = need("initdb", "postgresql", PLACES)
+    directory = new_directory()
+    atexit.register(shutil.rmtree, directory)
+    how = ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8"]
+    command = [initdb, *how, "--locale=C.UTF-8", str(directory / "cluster")]
+    options = as_its_user(directory)
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT, **options)
+    return directory / "cluster"
+
+
 @contextmanager
 def running_postgres() -> Iterator[Postgres]:
-    """Make a cluster in a new directory, and run a server on it. Takes a second."""
-    initdb = need("initdb", "postgresql", PLACES)
-    options: dict[str, Any] = {}
-    # Not pytest's own, which belongs to one user only: PostgreSQL refuses to run as root.
-    directory = Path(tempfile.mkdtemp(prefix="postgres-"))
+    """Run a server on a new cluster."""
+    postgres = need("postgres", "postgresql", PLACES)
+    cluster = empty_cluster()
+    directory = new_directory()
     try:
-        if os.getuid() == 0:
-            shutil.chown(directory, "postgres", "postgres")
-            options = {"user": "postgres", "group": "postgres", "extra_groups": []}
-        options["cwd"] = directory
-        cluster = str(directory / "cluster")
-        how = ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8"]
-        command = [initdb, *how, "--locale=C.UTF-8", cluster]
-        subprocess.run(command, check=True, capture_output=True, timeout=LIMIT, **options)
+        subprocess.run(["cp", "-a", cluster, directory], check=True, timeout=LIMIT)
         port = free_port()
-        command = [str(Path(initdb).with_name("postgres")), "-D", cluster, "-p", str(port)]
+        command = [postgres, "-D", str(directory / "cluster"), "-p", str(port)]
         for name, value in SETTINGS.items():
             command += ["-c", f"{name}={value}"]
-        server = Postgres(command, directory / "server.log", port, **options)
+        server = Postgres(command, directory / "server.log", port, **as_its_user(directory))
         try:
             yield server
         finally:
