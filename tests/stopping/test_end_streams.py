@@ -202,6 +202,10 @@ assert signal.getsignal(signal.SIGTERM) is handler
     for run, prefix in enumerate(("", "/mounted"), start=1):
         server.wait_for_log("Application startup complete", count=run)
         server.wait_until_listening()
+        # The stop of the server before ends nothing here.
+        whole = RawReader(server.port, "/main/sse?interval=0.02")
+        read_to_the_end(whole)
+        assert whole.event_ids == list(range(10))
         streams = Streams(server, [f"{prefix}{kind}" for kind in KINDS], 2)
         terminate(server)
         streams.assert_ended_properly()
