@@ -52,11 +52,7 @@ class LogFile(FileIO):
 
 
 class Watch:
-    """Looks at the log for all readers, and wakes them when it has changed.
-
-    inotify would also report each write to other files in the folder, and it does not see changes
-    on a network disk.
-    """
+    """Looks at the log for all readers, and wakes them when it has changed."""
 
     def __init__(self) -> None:
         self.file: LogFile | None = None
@@ -64,7 +60,7 @@ class Watch:
         self.problem = ""
         self.changed = asyncio.Event()
 
-    def open(self) -> LogFile | None:
+    def look(self) -> LogFile | None:
         """Return the file that is the log now; without one, log why and return None."""
         try:
             status = LOG.stat()
@@ -75,21 +71,21 @@ class Watch:
                 if old:
                     old.next = self.file
             self.problem = ""
-            return self.file
         except Exception as error:  # whatever it is, the next look may succeed
             if str(error) != self.problem:
                 logger.warning("Waiting for LOG: %s", in_one_line(error))
             self.problem = str(error)
-            return None
+        if self.file:
+            status = os.fstat(self.file.fileno())
+            seen = self.file, status.st_size, status.st_mtime_ns
+            if seen != self.seen:
+                self.seen = seen
+                self.changed.set()
+                self.changed = asyncio.Event()
+        return None if self.problem else self.file
 
-    async def look(self) -> None:
-        self.open()
-        status = self.file and os.fstat(self.file.fileno())
-        seen = status and (self.file, status.st_size, status.st_mtime_ns)
-        if seen != self.seen:
-            self.seen = seen
-            self.changed.set()
-            self.changed = asyncio.Event()
+    async def keep_looking(self) -> None:
+        self.look()
         await asyncio.sleep(LOOK)
 
 
@@ -98,76 +94,70 @@ watch = Watch()
 # 2. What a reader gets: each reads the file itself, so a slow reader delays nobody ----------------
 
 
-def id_at(offset: int, before: bytes) -> str:
-    """Return the id of a line that ends at `offset`; `before` is the 256 bytes before it."""
-    return f"{offset}-{crc32(before):08x}"
+def id_at(offset: int, before: bytes | memoryview) -> str:
+    """Return the id of a line that ends at `offset`, after at least 256 bytes of what is before."""
+    return f"{offset}-{crc32(before[-CHECKED:]):08x}"
 
 
 def to_sse(line: bytes, event_id: str) -> bytes:
     line = line.lstrip(b"\0").removesuffix(b"\n").removesuffix(b"\r")
-    text = line.decode(errors="backslashreplace")
-    text = text.replace("\r", r"\x0d")  # a CR alone also ends a line of an event stream
+    # A CR alone also ends a line of an event stream.
+    text = line.decode(errors="backslashreplace").replace("\r", r"\x0d")
     return f"id: {event_id}\ndata: {text}\n\n".encode()
 
 
 def find_last_lines(file: LogFile, count: int) -> str:
     """Return the id before the last `count` complete lines."""
     end = file.size()
-    while end > 0:
-        start = max(end - BLOCK, 0)
-        block = file.read_at(start, end)
-        if not block.strip(b"\0"):  # a hole, or the file has just been truncated
+    # A block of NULs is a hole (see below); an empty one was truncated just now.
+    while end > 0 and (block := file.read_at(end - BLOCK, end)).strip(b"\0"):
+        rest, *lines = block.rsplit(b"\n", count + 1)
+        if len(lines) > count:
+            end -= len(block) - len(rest) - 1
             break
-        before, *ends = block.rsplit(b"\n", count + 1)
-        if len(ends) > count:
-            end = start + len(before) + 1
-            break
-        count -= len(ends)
-        end = start
+        end -= len(block)
+        count -= len(lines)
     return id_at(end, file.read_at(end - CHECKED, end))
 
 
 def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
     """Return the events after an id, with the file and the id to go on from."""
     # Looked at before reading. While a new file is empty, the writer may still write to this one.
-    replaced = file.next and (file.next.size() > 0 or file.next.next)
+    following = file.next if file.next and (file.next.size() > 0 or file.next.next) else None
     offset = int(last_id.partition("-")[0])
     start = max(offset - CHECKED, 0)
     data = file.read_at(start, offset + BLOCK)
     if len(data) >= BLOCK and data.find(b"\n", offset - start) < 0:  # a long line
         data = file.read_at(start, offset + MAX_LINE + 1)
     before, new = data[: offset - start], data[offset - start :]
-    if len(before) < offset - start or id_at(offset, before) != last_id:
+    if id_at(start + len(before), before) != last_id:
         return file, START, ROTATED  # it was truncated, even if it has grown again since
-    is_long = len(new) > MAX_LINE
-    if file.next and replaced and not is_long and not new.strip(b"\0"):
-        return file.next, START, ROTATED
+    if not new.strip(b"\0"):
+        # Nothing, or a hole, which a writer without O_APPEND leaves after a truncation:
+        # https://github.com/logrotate/logrotate/issues/286
+        try:
+            end = os.lseek(file.fileno(), offset + len(new), os.SEEK_DATA)
+        except OSError:  # there is nothing behind it
+            return (following, START, ROTATED) if following else (file, last_id, b"")
+        return file, id_at(end, file.read_at(end - CHECKED, end)), b""
 
     lines = [line + b"\n" for line in new.split(b"\n")[:-1]]
-    if not lines and is_long:
-        if nuls := len(new) - len(new.lstrip(b"\0")):
-            # A writer without O_APPEND leaves a hole after a truncation, which reads as NULs.
-            # https://github.com/logrotate/logrotate/issues/286
-            end = offset + nuls
-            with suppress(OSError):  # nothing but the hole yet
-                end = os.lseek(file.fileno(), end, os.SEEK_DATA)
-            return file, id_at(end, file.read_at(end - CHECKED, end)), b""
+    if not lines and len(new) > MAX_LINE:
         # A piece does not end in the middle of a character, or between CR and LF.
         lines = [re.sub(rb"(\r|[\xc0-\xff][\x80-\xbf]{,2})\Z", b"", new[:MAX_LINE])]
-    elif not lines and replaced:
+    elif not lines and following:
         lines = [new]  # nothing will complete this line
     events = []
     for line in lines:
         offset += len(line)
-        end = offset - start
-        last_id = id_at(offset, data[max(end - CHECKED, 0) : end])
+        last_id = id_at(offset, memoryview(data)[: offset - start])
         events.append(to_sse(line, last_id))
     return file, last_id, b"".join(events)
 
 
 async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
     """Yield the last lines, or those after the id, then each new one, as events."""
-    file = watch.open()
+    file = watch.look()
     if not last_id:
         last_id = await run_in_threadpool(find_last_lines, file, lines) if file else START
     yield b"retry: 1000\n\n"  # ms; it also says: you will get all that is written from now on
@@ -176,7 +166,7 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
     while True:
         changed = watch.changed  # taken before the look: nothing can happen in between
         before, events = last_id, b""
-        if file := file or watch.open():
+        if file := file or watch.look():
             file, last_id, events = read_on(file, last_id)
         if not events and clock() >= due:
             events = b": keep-alive\n\n"
@@ -205,7 +195,7 @@ async def write_a_line() -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(keep_going("The watch of LOG", watch.look))]
+    tasks = [asyncio.create_task(keep_going("The watch of LOG", watch.keep_looking))]
     if not os.environ.get("LOG"):
         tasks.append(asyncio.create_task(keep_going("Writing tail.log", write_a_line)))
     yield
