@@ -121,10 +121,10 @@ class Answer:
         self.news = asyncio.Event()
         self.maker: asyncio.Task[None] | None = None  # on the server that makes it
         # For Redis:
-        self.place, self.silent = "0-0", 0.0  # the id of the last part, and seconds since then
-        self.parts: list[str] = []  # what is put here, each after its id
-        self.there = -1  # how many parts Redis has
-        self.asked = 0.0  # when somebody asked for it
+        self.place, self.silent = "0-0", 0.0  # the id of the last part read; seconds since then
+        self.parts: list[str] = []  # what is put here: the id of a part, and the part, in turn
+        self.there = -1  # how many parts Redis has; less than 0: see PUT
+        self.asked = 0.0  # when somebody last asked for it
 
     async def put(self, kind: str, value: Any) -> None:
         """Put the next part. With Redis, it is taken in when it was put there and read again."""
@@ -204,6 +204,9 @@ async def make(answer: Answer, question: Question) -> None:
                     await answer.news.wait()
     except openai.AuthenticationError:  # what it says may repeat a part of the key
         why = "The upstream refuses the key of this server."
+    except openai.APIConnectionError as error:
+        told: Any = common.upstream_error(error.__cause__ or error).detail
+        why = told["error"]["message"]
     except openai.APIError as error:
         why = error.body or error.message
         why = f"The upstream failed: {why.get('message', why) if isinstance(why, dict) else why}"
@@ -215,15 +218,15 @@ async def make(answer: Answer, question: Question) -> None:
 
 # 3. Redis -----------------------------------------------------------------------------------------
 #
-# An answer is a stream of its parts. Many times a second there is a round: one round trip that puts
-# what was made here, and reads what is new of all answers that are made or read here. The server
-# that makes an answer reads it like the others, so what one reader has seen, all can see.
+# An answer is a stream of its parts. About 30 times a second there is a round: it puts what is made
+# here, and reads what is new of all answers that are made or read here. The server that makes an
+# answer reads it like the others, so what one reader has seen, all can see.
 #
 # Parts have the ids 0-1, 0-2, and so on; the end has 1-0. So any server can put it, and there is no
 # second one and nothing after it. A server that only hung finds it when it wakes up, and stops.
 END = "1-0"
 ROUND = 0.03  # seconds between two rounds
-PATIENCE = 2.0  # seconds that Redis has for a round; a request waits for twice as long
+PATIENCE = 2.0  # seconds that a round trip may take; a request waits for twice as long
 BEAT, GONE = 1.5, 6.0  # seconds of silence until an empty delta is put, and until it is given up
 # Put parts if there are as many as expected before them. If there are fewer, Redis has lost some in
 # a failover: the next round puts all from there on. So there is never a hole. Less than 0: put the
@@ -244,7 +247,7 @@ last_round = 0.0  # when it began
 
 
 async def exchange(answers: dict[str, Answer]) -> None:
-    """Put and read the news of some answers: a round trip."""
+    """Do a round trip for some answers, by their keys: put what was made, read what is new."""
     puts = {key: a.parts[2 * a.there : 2 * a.there + 200] for key, a in answers.items()}
     puts = {key: parts for key, parts in puts.items() if parts}
     async with asyncio.timeout(PATIENCE), redis.pipeline(transaction=False) as pipeline:
@@ -258,7 +261,7 @@ async def exchange(answers: dict[str, Answer]) -> None:
     for key, entries in news:
         for place, fields in entries:
             answers[key].place, answers[key].silent = place, 0
-            answers[key].take(*json.loads(fields.get("part", '["", ""]')))
+            answers[key].take(*json.loads(fields.get("part", '["delta", ""]')))
 
 
 async def go_round() -> None:
@@ -282,7 +285,7 @@ async def go_round() -> None:
 
 
 async def sync(answer: Answer) -> None:
-    """With Redis: wait for a round that begins after this call."""
+    """With Redis: wait for a round that begins after this call, so that nothing is out of date."""
     called = answer.asked = time.monotonic()
     if redis:
         here.setdefault(answer.id, answer)
@@ -317,6 +320,7 @@ async def find(response_id: str) -> Answer:
     answer = here.get(response_id) or Answer(response_id)
     await sync(answer)
     if not answer.frames:
+        here.pop(response_id, None)
         raise common.openai_error(404, f"Response with id '{response_id}' not found.")
     return answer
 
@@ -343,9 +347,8 @@ async def create(question: Question) -> Any:
         return answer.response
     # This is called when the stream has ended, or its reader has left.
     stop = None if question.background else BackgroundTask(answer.put, "cancelled", None)
-    if question.stream:
-        return Stream(answer.read(), media_type=SSE, background=stop)
-    return Stream(answer.wait(), media_type="application/json", background=stop)
+    content, kind = (answer.read(), SSE) if question.stream else (answer.wait(), "application/json")
+    return Stream(content, media_type=kind, background=stop)
 
 
 @app.get("/v1/responses/{response_id}")

@@ -235,7 +235,7 @@ def upstream() -> tuple[str, str]:
     return url.rstrip("/"), key
 
 
-def upstream_error(error: Exception) -> HTTPException:
+def upstream_error(error: BaseException) -> HTTPException:
     """Return what to tell a reader of an error of httpx2."""
     import httpx2
 

@@ -118,7 +118,7 @@ def test_a_stopped_server_finishes_what_is_nearly_done(ask: Ask, redis: RedisSer
     assert "Traceback" not in servers[0].log
 
 
-def test_four_connections_for_each_server(ask: Ask, redis: RedisServer) -> None:
+def test_one_connection_for_each_server(ask: Ask, redis: RedisServer) -> None:
     servers = [ask.serve(redis.port) for _ in range(2)]
     with ThreadPoolExecutor(50) as pool:
 
@@ -135,7 +135,7 @@ def test_four_connections_for_each_server(ask: Ask, redis: RedisServer) -> None:
             most = max(most, redis.connections())
             time.sleep(0.02)
     assert {text.result() for text in texts} == {words(50)}
-    assert most <= 8
+    assert most <= 2
 
 
 def refuse(redis: RedisServer, line: BadLine) -> None:
@@ -255,10 +255,8 @@ def test_a_loop_in_the_background_survives_what_nobody_expected(
 ) -> None:
     servers = [ask.serve(redis.port, environment={"FAIL": "1"}) for _ in range(2)]
     here, there = (asked(server) for server in servers)
-    for loop in ("answers",):
-        expected = f"ERROR: +{loop}: ZeroDivisionError: nobody expected this\n"
-        servers[1].wait_for_log(expected, 2)
-    # Without the one, nothing would be read here; without the other, it would be given up.
+    servers[1].wait_for_log("ERROR: +answers: ZeroDivisionError: nobody expected this\n", 2)
+    # Without it, nothing would be read here, or given up.
     response = here.responses.create(model="parrot", input=words(300), background=True)
     assert events_of(there, response.id)[-1]["type"] == "response.completed"
     response = here.responses.create(model="parrot", input=words(5000), background=True)

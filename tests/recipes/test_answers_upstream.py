@@ -23,8 +23,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process,
 COMPLETE = ["complete", "comments, usage", "CRLF", "no [DONE]", "gzip"]
 BROKE_OFF = "The upstream broke off in the middle of its answer."
 BROKEN = {
-    "falls silent": "The upstream failed: Request timed out.",
-    "breaks off": "The upstream failed: Connection error.",
+    "falls silent": "The upstream has stalled.",
+    "breaks off": "The connection to the upstream broke.",
     "ends early": BROKE_OFF,
     # The `openai` package does not tell whether a [DONE] came.
     "no reason": BROKE_OFF,
@@ -105,6 +105,6 @@ def test_nobody_is_there(tmp_path_factory: pytest.TempPathFactory) -> None:
         server = ask.serve(upstream="http://127.0.0.1:1")
         response = asked(server).responses.create(model="complete", input="x")
         assert response.error
-        assert response.error.message == "The upstream failed: Connection error."
+        assert response.error.message == "The upstream cannot be reached."
         with pytest.raises(openai.BadRequestError):
             asked(server).responses.create(model="complete", input=[])
