@@ -136,6 +136,8 @@ class Answer:
 
     def take(self, kind: str, value: Any) -> None:
         """Take in the next part, and wake the readers."""
+        if self.over:  # some models go on after their end
+            return
         place = {"item_id": self.item["id"], "output_index": 0, "content_index": 0}
         if kind == "response":
             self.response = value
@@ -147,7 +149,7 @@ class Answer:
         elif kind == "delta" and value:
             self.text["text"] += value
             self.add("output_text.delta", **place, delta=value, logprobs=[])
-        elif kind != "delta" and self.response and not self.over:
+        elif kind != "delta" and self.response:
             self.over, self.response["status"] = True, kind
             self.item["status"] = "completed" if kind == "completed" else "incomplete"
             if kind in ("completed", "incomplete"):

@@ -20,7 +20,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process,
         yield upstream, ask.serve(upstream=upstream.url, constants={"answers.STALLED": 2})
 
 
-COMPLETE = ["complete", "comments, usage", "CRLF", "no [DONE]", "gzip"]
+COMPLETE = ["complete", "comments, usage", "CRLF", "no [DONE]", "more after its end", "gzip"]
 BROKE_OFF = "The upstream broke off in the middle of its answer."
 BROKEN = {
     "falls silent": "The upstream has stalled.",
@@ -53,6 +53,7 @@ def test_an_upstream(servers: tuple[Process, Process], model: str) -> None:
         )
     elif model in COMPLETE:
         assert (response.status, text) == ("completed", "One two")
+        assert events_of(asked(server), response.id)[-1]["type"] == "response.completed"
     elif model in EARLY:
         assert (response.status, text) == ("incomplete", "One two")
         assert response.incomplete_details

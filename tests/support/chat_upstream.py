@@ -25,6 +25,7 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
     "CRLF": (200, f"{SSE}; charset=utf-8", (ONE + TWO + STOP + DONE).replace("\n", "\r\n")),
     "no [DONE]": (200, SSE, ONE + TWO + STOP),
     "no reason": (200, SSE, ONE + TWO + DONE),
+    "more after its end": (200, SSE, ONE + TWO + STOP + ONE + STOP + DONE),
     "gzip": (200, SSE, ONE + TWO + STOP + DONE),
     "half pairs": (200, SSE, chunk("\ud83d") + chunk("\ude00") + STOP),
     "length": (200, SSE, ONE + TWO + chunk(None, "length") + DONE),
