@@ -248,54 +248,35 @@ def test_a_line_of_1_mb_and_one_without_end(server: Process, log: Path, read: Re
 # Many lines, many readers -------------------------------------------------------------------------
 
 
-def test_readers_share_one_file_that_the_last_one_gives_back(server: Process, log: Path) -> None:
-    """With a file for each, half as many readers would use up what a process may open."""
-    slow, quick = (RawReader(server.port, "/log?lines=0", receive_buffer=n) for n in (4096, 0))
-    assert read_until([slow, quick], lambda: slow.body and quick.body)
-    append(log, "for both\n")
-    assert read_until([slow, quick], lambda: b"both" in slow.body and b"both" in quick.body)
-
-    def open_logs() -> set[Path]:
-        files = [Path(file.path) for file in psutil.Process(server.pid).open_files()]
-        logs = [file for file in files if file.parent == log.parent]
-        assert len(logs) == len(set(logs))
-        return set(logs)
-
-    assert open_logs() == {log}
-    old = log.rename(log.with_suffix(".1"))
-    append(old, b"x" * 8_000_000 + b"\n")  # more than what fits on the way to the slow one
-    append(log, "new\n")
-    assert read_until([quick], lambda: b"data: new" in quick.body)
-    assert open_logs() == {old, log}
-    slow.reset()
-    wait_for(lambda: open_logs() == {log}, "the old file to be closed")
-    quick.close()
-    append(log, "and nothing is amiss\n")
-    assert "Traceback" not in server.log
-
-
-def test_a_slow_reader_gets_all_and_takes_no_memory(server: Process, log: Path) -> None:
-    """Also when the log is rotated while it does not read."""
-    log.touch()
-    slow = RawReader(server.port, "/log?lines=0", receive_buffer=4096)
-    assert read_until([slow], lambda: slow.body)
+def test_slow_readers_get_all_and_take_neither_memory_nor_files(server: Process, log: Path) -> None:
+    """Each file is open once, for all readers, until the last of them has read it, or has left."""
     process = psutil.Process(server.pid)
-    before = process.memory_info().rss
-    line = b"x" * 1000
-    for last in (9_999, 19_999):
-        append(log, b"".join(b"%d %s\n" % (i, line) for i in range(last - 9_999, last + 1)))
+
+    def open_logs() -> list[Path]:
+        paths = [Path(file.path) for file in process.open_files()]
+        return sorted(path for path in paths if path.parent == log.parent)
+
+    log.touch()
+    slow, leaving = (RawReader(server.port, "/log?lines=0", receive_buffer=4096) for _ in range(2))
+    assert read_until([slow, leaving], lambda: slow.body and leaving.body)
+    before, old = process.memory_info().rss, []
+    for last in (9_999, 19_999):  # more than what fits on the way to a slow one
+        append(log, b"".join(b"%d %s\n" % (i, b"x" * 1000) for i in range(last - 9_999, last + 1)))
         quick = Reader(server, "?lines=1")  # the others are served
-        quick.wait_for(f"{last} {line.decode()}")
+        quick.wait_for(f"{last} {'x' * 1000}")
         quick.close()
-        log.rename(log.with_suffix(f".{last}"))
+        old.append(log.rename(log.with_suffix(f".{last}")))
+    append(log, "20000 is the last\n")
+    wait_for(lambda: open_logs() == sorted([*old, log]), "each file to be open once")
     assert process.memory_info().rss - before < 10_000_000
-    assert read_until(
-        [slow], lambda: b"data: 19999 " in slow.body[-2000:] and slow.body.endswith(b"\n\n")
-    )
+    leaving.reset()
+    assert read_until([slow], lambda: slow.body.endswith(b"data: 20000 is the last\n\n"))
+    wait_for(lambda: open_logs() == [log], "the old files to be closed")
     slow.close()
     events = parse(bytes(slow.body))
     numbers = [int(event.data.split()[0]) for event in events if event.type == "message"]
-    assert numbers == list(range(20_000))
+    assert numbers == list(range(20_001))
+    assert "Traceback" not in server.log
 
 
 # Rotation -----------------------------------------------------------------------------------------
