@@ -45,7 +45,7 @@ SQL = (ROOT / "recipes" / "orders.sql").read_text()
 TABLE = "CREATE TABLE orders (id bigint, customer text, note text, quantity int, cents int)"
 Row = tuple[Any, ...]
 numbers = itertools.count()
-pytestmark = pytest.mark.xdist_group("export")  # they share databases
+sharing = pytest.mark.xdist_group("export")  # in one worker, because they share a database
 
 
 @cache
@@ -184,6 +184,7 @@ MEDIA_TYPES = {CSV: "text/csv; charset=utf-8", NDJSON: "application/x-ndjson"}
 WRONG_IDS = ("-1", str(2**63), "9" * 20, "9" * 5000, "", "x", "1.5", "1e400", "NaN", "%00")
 
 
+@sharing
 def test_all_rows_and_those_after_an_id(start: Start, filled: str) -> None:
     server = serve(start, filled)
     for path in PATHS:
@@ -340,6 +341,7 @@ def test_text_is_utf_8_or_cuts_the_download_it_is_in(
 # Readers who leave, and too many of them ----------------------------------------------------------
 
 
+@sharing
 @pytest.mark.parametrize("filled", ["postgres"], indirect=True)
 def test_readers_who_leave_give_back_their_connections(start: Start, filled: str) -> None:
     server = serve(start, filled)
@@ -355,6 +357,7 @@ def test_readers_who_leave_give_back_their_connections(start: Start, filled: str
     assert "was cut" not in server.log
 
 
+@sharing
 def test_readers_who_stand_still_are_cut(start: Start, filled: str) -> None:
     """The limit is not on the length of a download: one that takes a little each time gets all."""
     server = serve(start, filled, app="impatient")
@@ -393,6 +396,7 @@ def test_a_query_that_computes_is_cancelled(start: Start, url: str) -> None:
 # Downloads that could not be finished -------------------------------------------------------------
 
 
+@sharing
 @pytest.mark.parametrize("filled", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("options", [(), ("--timeout-graceful-shutdown", "1")])
 def test_the_server_ends(start: Start, filled: str, options: tuple[str, ...]) -> None:
