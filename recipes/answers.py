@@ -20,6 +20,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
+import httpx2
 import openai
 from fastapi import Depends, FastAPI, Header, Query, Response
 from pydantic import BaseModel, Field
@@ -36,6 +37,9 @@ FINISH = 5.0  # seconds that a server which is asked to stop goes on with its an
 SSE = "text/event-stream"
 Json = dict[str, Any]
 URL, KEY = common.upstream()
+# A new connection each time: an upstream may just have closed one that was kept (RFC 9112, 9.5).
+http = openai.DefaultAsyncHttpxClient(limits=httpx2.Limits(max_keepalive_connections=0))
+upstream = openai.AsyncOpenAI(base_url=URL, api_key=KEY or "-", max_retries=0, http_client=http)
 redis_url = os.environ.get("REDIS_URL")
 redis: Any = common.connect_to_redis(redis_url, connections=1, retries=1) if redis_url else None
 
@@ -83,13 +87,13 @@ async def ask_parrot(question: Question) -> Parts:
 
 
 async def ask_upstream(question: Question) -> Parts:
-    timeout = openai.Timeout(STALLED, connect=5)
-    client = openai.AsyncOpenAI(base_url=URL, api_key=KEY or "-", max_retries=0, timeout=timeout)
-    limit = question.max_output_tokens or openai.omit
-    async with client:
-        chunks = await client.chat.completions.create(
-            model=question.model, messages=question.messages(), max_tokens=limit, stream=True
-        )
+    async with await upstream.chat.completions.create(
+        model=question.model,
+        messages=question.messages(),
+        max_tokens=question.max_output_tokens or openai.omit,
+        stream=True,
+        timeout=openai.Timeout(STALLED, connect=5),
+    ) as chunks:
         if SSE not in chunks.response.headers.get("Content-Type", ""):
             said = (await chunks.response.aread()).decode(errors="replace")
             raise openai.APIError("not a stream", chunks.response.request, body=said)
