@@ -46,19 +46,6 @@ def test_cut_after_every_byte(client: str, proxy: FaultProxy, shared_server: Pro
     assert tally.connections >= tally.tried + answer.rindex(b'{"event_id"')
 
 
-@pytest.mark.parametrize("kind", ["stall", "trickle", "502", "503"])
-@both_line_readers
-def test_other_faults(client: str, kind: str, proxy: FaultProxy) -> None:
-    """Open and silent after some bytes; a byte at a time; a proxy whose server is away."""
-    plans = [
-        [Fault("cut", after), *[Fault(kind, after)] * 2]  # type: ignore[arg-type]
-        for after in range(0, 900, 50)
-    ]
-    tally = try_all(client, proxy, plans, at_once=8)
-    assert (tally.lost, tally.doubled, tally.disordered, tally.errors) == (0, 0, 0, [])
-    assert tally.connections >= 2 * len(plans)
-
-
 faults = st.builds(
     Fault,
     st.sampled_from(["cut", "reset", "stall", "trickle", "502", "503"]),

@@ -223,21 +223,6 @@ def test_stop_and_start_again(browser: Browser, start: Start) -> None:
 
 
 @in_chromium
-def test_text_is_cut_as_client_py_cuts_it(browser: Browser, shared_server: Process) -> None:
-    begin(browser, f"{shared_server.url}/?steps=10&interval=0.1")
-    wait_for_state(browser, "text", "done")
-    pieces = browser.run(
-        "return [...document.querySelectorAll('[data-chunk]')].map((piece) =>"
-        " [piece.dataset.chunk, piece.textContent, piece.querySelector('mark')?.textContent])"
-    )
-    # The first 16 bytes. Then it depends: the network may give several lines at once.
-    assert pieces[0] == ["0", r"Step 1 of 10: \xe2\x98", r"\xe2\x98"]
-    assert pieces[1][1].startswith(r"\x95\n")
-    assert pieces[1][2] == r"\x95"
-    assert "\ufffd" not in browser.run("return document.body.textContent")
-
-
-@in_chromium
 def test_choices_are_in_the_address(browser: Browser, shared_server: Process) -> None:
     browser.open(f"{shared_server.url}/?steps=3&interval=0.05")
     assert [state(browser, lane) for lane in LANES] == ["idle"] * 3, "a link starts nothing"

@@ -85,21 +85,6 @@ def post(server: Process, text: str) -> requests.Response:
     return requests.post(f"{server.url}/feed/goals", json={"data": text}, timeout=LIMIT)
 
 
-def test_two_servers_have_one_log(serve: Serve, redis: Redis, readers: Readers) -> None:
-    servers = [serve(redis.port) for _ in range(2)]
-    crowd = [source for server in servers for source in readers.open(server.port, 10)]
-    ids = [publish(servers[number % 2], str(number))[0] for number in range(20)]
-    wait_for_data(crowd, 20)
-    for source in crowd:
-        assert source.data == numbers(0, 20)
-        assert [event.id for event in source.events] == ids
-    # Whoever was on one goes on with the other, and with one that has just been started.
-    for server in (*servers, serve(redis.port)):
-        (source,) = readers.open(server.port, last_event_id=ids[9])
-        wait_for_data([source], 10)
-        assert [event.id for event in source.events] == ids[10:]
-
-
 def test_many_posts_when_redis_is_far_away(serve: Serve, redis: Redis, readers: Readers) -> None:
     """One after the other, they would take 25 seconds; Redis has four."""
     line = BadLine(redis.port)
