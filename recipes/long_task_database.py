@@ -24,6 +24,7 @@ from recipes.common import database_url, in_one_line
 NAME = "long_task"  # of the workflow and its queue
 DATABASE_URL = database_url(f"sqlite:///{Path(__file__).resolve().with_name('long_task.sqlite')}")
 IS_SQLITE = DATABASE_URL.startswith("sqlite:")
+SCHEMA = "" if IS_SQLITE else "dbos."
 POSTGRESQL = {
     "connect_timeout": "3",
     "target_session_attrs": "read-write",  # after a failover: the new primary
@@ -91,21 +92,22 @@ def launch() -> None:
 
 
 def wait_while_it_is_away() -> None:
-    """Let DBOS wait for the database from now on, and go on as soon as it is back."""
+    """From now on, wait after each error until the database can be used again."""
+    probe = sa.create_engine(engine.url, poolclass=sa.NullPool)
+    write = sa.text(f"UPDATE {SCHEMA}workflow_status SET name = name WHERE 1 = 0")
 
     @event.listens_for(engine, "handle_error")
-    def take_as_lost_connection(context: sa.engine.ExceptionContext) -> None:
-        # DBOS waits where a connection is lost. By any other error the workflow would fail, also
-        # while the database is read-only, full, or without its tables.
-        wrong = isinstance(context.sqlalchemy_exception, exc.IntegrityError | exc.DataError)
-        context.is_disconnect = not wrong
-
-    @event.listens_for(engine, "do_connect")
-    def connect_when_it_is_back(dialect: Any, _: Any, args: Any, options: Any) -> Any:
-        # DBOS would double its pause each time, up to 90 seconds.
+    def wait(context: sa.engine.ExceptionContext) -> None:
+        if isinstance(context.sqlalchemy_exception, exc.IntegrityError | exc.DataError):
+            return
+        # DBOS tries again where a connection is lost, the first time within two seconds, later with
+        # pauses of up to 90. By any other error the workflow would fail, also if the database is
+        # read-only, full, or without its tables.
+        context.is_disconnect = True
         while True:
-            with suppress(dialect.dbapi.Error):
-                return dialect.connect(*args, **options)
+            with suppress(exc.SQLAlchemyError), probe.begin() as connection:
+                connection.execute(write)
+                return
             time.sleep(0.1)
 
 
@@ -153,8 +155,7 @@ def count_steps(workflow_ids: list[str]) -> dict[str, int]:
     # DBOS has no function for this, but documents its tables:
     # https://docs.dbos.dev/explanations/system-tables
     count = sa.text(
-        "SELECT workflow_uuid, max(function_id)"
-        f" FROM {'' if IS_SQLITE else 'dbos.'}operation_outputs"
+        f"SELECT workflow_uuid, max(function_id) FROM {SCHEMA}operation_outputs"
         " WHERE workflow_uuid IN :ids AND error IS NULL GROUP BY workflow_uuid"
     ).bindparams(sa.bindparam("ids", workflow_ids, expanding=True))
     with engine.connect() as connection:
