@@ -6,17 +6,17 @@ answer may end with its connection, `tokens` is simpler.
 
 Run it with `uvicorn recipes.answers:app --reload`, then open http://localhost:8000, or read it with
 `OpenAI(base_url="http://localhost:8000/v1", api_key="none")` as in answers.md. The answers are in
-the memory of one process; with `REDIS_URL` (redis://localhost:6379) they are in Redis, for any
-number of servers. The model is a parrot; with `UPSTREAM_URL` (https://api.openai.com/v1) and
-`UPSTREAM_KEY` a server of chat completions is asked instead.
+the memory of one process. With `REDIS_URL` (redis://localhost:6379) they are in Redis, for any
+number of servers: see answers_redis.py. The model is a parrot. With `UPSTREAM_URL`
+(https://api.openai.com/v1) and `UPSTREAM_KEY` a server of chat completions is asked instead.
 """
 
 import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -33,15 +33,12 @@ from recipes.parrot import parrot, to_tokens
 KEEP = 3600  # seconds that an answer is kept after its end
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
 STALLED = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
-FINISH = 5.0  # seconds that a server which is asked to stop goes on with its answers
 SSE = "text/event-stream"
 Json = dict[str, Any]
 URL, KEY = common.upstream()
 # A new connection each time: an upstream may just have closed one that was kept (RFC 9112, 9.5).
 http = openai.DefaultAsyncHttpxClient(limits=httpx2.Limits(max_keepalive_connections=0))
 upstream = openai.AsyncOpenAI(base_url=URL, api_key=KEY or "-", max_retries=0, http_client=http)
-redis_url = os.environ.get("REDIS_URL")
-redis: Any = common.connect_to_redis(redis_url, connections=1, retries=1) if redis_url else None
 
 
 # 1. The question, and the models ------------------------------------------------------------------
@@ -124,19 +121,6 @@ class Answer:
         self.over = False
         self.news = asyncio.Event()
         self.maker: asyncio.Task[None] | None = None  # on the server that makes it
-        # For Redis:
-        self.place, self.silent = "0-0", 0.0  # the id of the last part read; seconds since then
-        self.parts: list[str] = []  # what is put here: the id of a part, and the part, in turn
-        self.there = -1  # how many parts Redis has; less than 0: see PUT
-        self.asked = 0.0  # when somebody last asked for it
-
-    async def put(self, kind: str, value: Any) -> None:
-        """Put the next part. With Redis, it is taken in when it was put there and read again."""
-        if not redis:
-            self.take(kind, value)
-        elif END not in self.parts[-2:]:
-            number = f"0-{len(self.parts) // 2 + 1}" if kind in ("response", "delta") else END
-            self.parts += (number, json.dumps([kind, value]))
 
     def take(self, kind: str, value: Any) -> None:
         """Take in the next part, and wake the readers."""
@@ -167,7 +151,6 @@ class Answer:
             self.add("incomplete" if kind == "cancelled" else kind, response=self.response)
             if self.maker:
                 self.maker.cancel()  # whoever has ended it, the model stops
-            asyncio.get_running_loop().call_later(0 if redis else KEEP, here.pop, self.id, None)
         self.news.set()
         self.news = asyncio.Event()
 
@@ -195,19 +178,13 @@ class Answer:
         yield json.dumps(self.response)
 
 
-# In memory: all answers. With Redis: those that are made, read or asked for here, until their end.
-here: dict[str, Answer] = {}
-
-
 async def make(answer: Answer, question: Question) -> None:
     """Put what the model says. Whatever happens, the last part is an end."""
     why: Any = "The upstream broke off in the middle of its answer."
     try:
         async with aclosing((ask_upstream if URL else ask_parrot)(question)) as parts:
             async for kind, value in parts:
-                await answer.put(kind, value)
-                while len(answer.parts) > 2 * answer.there + 40:  # Redis has to keep up
-                    await answer.news.wait()
+                await store.put(answer, kind, value)
     except openai.AuthenticationError:  # what it says may repeat a part of the key
         why = "The upstream refuses the key of this server."
     except openai.APIConnectionError as error:
@@ -219,116 +196,58 @@ async def make(answer: Answer, question: Question) -> None:
     except Exception:
         common.logger.exception("The model failed.")
         why = "The model failed."
-    await answer.put("failed", why[:2000])  # which does nothing if it has ended
+    await store.put(answer, "failed", why[:2000])  # which does nothing if it has ended
 
 
-# 3. Redis -----------------------------------------------------------------------------------------
-#
-# An answer is a stream of its parts. About 30 times a second there is a round: it puts what is made
-# here, and reads what is new of all answers that are made or read here. The server that makes an
-# answer reads it like the others, so what one reader has seen, all can see.
-#
-# Parts have the ids 0-1, 0-2, and so on; the end has 1-0. So any server can put it, and there is no
-# second one and nothing after it. A server that only hung finds it when it wakes up, and stops.
-END = "1-0"
-ROUND = 0.03  # seconds between two rounds
-PATIENCE = 2.0  # seconds that a round trip may take; a request waits for twice as long
-BEAT, GONE = 1.5, 6.0  # seconds of silence until an empty delta is put, and until it is given up
-# Put parts if there are as many as expected before them. If there are fewer, Redis has lost some in
-# a failover: the next round puts all from there on. So there is never a hole. Less than 0: put the
-# end, however many there are (-1), or instead of them (-2).
-PUT = """
-local expected = tonumber(ARGV[2])
-if expected == -2 then redis.call('DEL', KEYS[1]) end
-local over = redis.call('XRANGE', KEYS[1], '1-0', '1-0')[1]
-if not over and (expected < 0 or expected == redis.call('XLEN', KEYS[1])) then
-    for i = 3, #ARGV, 2 do
-        redis.call('XADD', KEYS[1], ARGV[i], 'part', ARGV[i + 1])
-    end
-    redis.call('EXPIRE', KEYS[1], ARGV[1])
-end
-return redis.call('XLEN', KEYS[1])
-"""
-last_round = 0.0  # when it began
+# 3. Where answers are kept ------------------------------------------------------------------------
+class Store:
+    """The answers in the memory of one process. Another store has the same methods."""
+
+    lifespan: Any = None  # as FastAPI has it: what another store does in the background
+
+    def __init__(self) -> None:
+        self.here: dict[str, Answer] = {}
+
+    async def begin(self, response: Json) -> Answer:
+        """Return a new answer, which begins with this response."""
+        answer = self.here[response["id"]] = Answer(response["id"])
+        answer.take("response", response)
+        return answer
+
+    async def find(self, response_id: str) -> Answer | None:
+        """Return an answer as it stands now, or None if there is none."""
+        return self.here.get(response_id)
+
+    async def put(self, answer: Answer, kind: str, value: Any = None) -> None:
+        """Put the next part of an answer. After its end this does nothing."""
+        answer.take(kind, value)
+        if answer.over:
+            asyncio.get_running_loop().call_later(KEEP, self.here.pop, answer.id, None)
+
+    async def delete(self, answer: Answer) -> None:
+        """Forget an answer. If it is being made, its model stops."""
+        await self.put(answer, "cancelled")
+        self.here.pop(answer.id, None)
 
 
-async def exchange(answers: dict[str, Answer]) -> None:
-    """Do a round trip for some answers, by their keys: put what was made, read what is new."""
-    puts = {key: a.parts[2 * a.there : 2 * a.there + 200] for key, a in answers.items()}
-    puts = {key: parts for key, parts in puts.items() if parts}
-    async with asyncio.timeout(PATIENCE), redis.pipeline(transaction=False) as pipeline:
-        pipeline.persist("answers:none")  # a write, so that a replica says what it is
-        for key, parts in puts.items():
-            pipeline.eval(PUT, 1, key, KEEP, answers[key].there, *parts)
-        pipeline.xread({key: answer.place for key, answer in answers.items()})
-        _, *counts, news = await pipeline.execute()
-    for key, there in zip(puts, counts, strict=True):
-        answers[key].there = there if answers[key].there > -2 else -2
-    for key, entries in news:
-        for place, fields in entries:
-            answers[key].place, answers[key].silent = place, 0
-            answers[key].take(*json.loads(fields.get("part", '["delta", ""]')))
+store = Store()
+if url := os.environ.get("REDIS_URL"):
+    import recipes.answers_redis  # it needs what is above
 
-
-async def go_round() -> None:
-    global last_round
-    began = time.monotonic()
-    for answer in list(here.values()):
-        if (answer.over or not answer.frames) and answer.asked < began - 2 * PATIENCE:
-            del here[answer.id]  # nobody waits for it any longer
-    answers = [(f"answers:{answer.id}", answer) for answer in here.values()]
-    for start in range(0, len(answers), 100):  # so that a round trip never takes long
-        await exchange(dict(answers[start : start + 100]))
-    for _, answer in answers:
-        # While Redis is away nobody can put anything. Half a second of that time counts.
-        answer.silent += min(began - last_round, 0.5)
-        if answer.maker and answer.silent > BEAT:
-            await answer.put("delta", "")
-        elif answer.silent > GONE:
-            await answer.put("failed", "The server that made it is gone.")
-    last_round = began
-    await asyncio.sleep(ROUND)
-
-
-async def sync(answer: Answer) -> None:
-    """With Redis: wait for a round that begins after this call, so that nothing is out of date."""
-    called = answer.asked = time.monotonic()
-    if redis:
-        here.setdefault(answer.id, answer)
-    try:
-        async with asyncio.timeout(2 * PATIENCE):
-            while redis and last_round < called:  # noqa: ASYNC110
-                await asyncio.sleep(ROUND / 3)
-    except TimeoutError:
-        raise common.openai_error(503, "The answers cannot be reached. Try again.") from None
-
-
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """With Redis: do the rounds. At the end, go on for a while with what is made here."""
-    rounds = redis and asyncio.create_task(common.keep_going("answers", go_round, 0.5))
-    yield
-    end, made = time.monotonic() + FINISH, [each for each in here.values() if each.maker]
-    while rounds and not all(each.over for each in made) and time.monotonic() < end:  # noqa: ASYNC110
-        await asyncio.sleep(ROUND)
-    if rounds:
-        rounds.cancel()
+    store = recipes.answers_redis.RedisStore(url)
 
 
 # 4. The endpoints ---------------------------------------------------------------------------------
-app = FastAPI(title="Answers", lifespan=lifespan, default_response_class=common.ASCIIResponse)
+app = FastAPI(title="Answers", lifespan=store.lifespan, default_response_class=common.ASCIIResponse)
 common.prepare(app, page="answers.html")
 common.use_openai_errors(app)
 app.add_middleware(EndStreams)
 
 
 async def find(response_id: str) -> Answer:
-    answer = here.get(response_id) or Answer(response_id)
-    await sync(answer)
-    if not answer.frames:
-        here.pop(response_id, None)
-        raise common.openai_error(404, f"Response with id '{response_id}' not found.")
-    return answer
+    if answer := await store.find(response_id):
+        return answer
+    raise common.openai_error(404, f"Response with id '{response_id}' not found.")
 
 
 Found = Annotated[Answer, Depends(find)]
@@ -339,20 +258,16 @@ async def create(question: Question) -> Any:
     if not URL and question.model != "parrot":
         message = f"The model `{question.model}` does not exist; `parrot` does."
         raise common.openai_error(404, message, param="model", code="model_not_found")
-    response_id = f"resp_{uuid4().hex}"
     response = question.model_dump(exclude={"input", "stream"})
-    response |= {"id": response_id, "object": "response", "created_at": int(time.time())}
+    response |= {"id": f"resp_{uuid4().hex}", "object": "response", "created_at": int(time.time())}
     response |= {"status": "in_progress", "output": [], "error": None, "incomplete_details": None}
     response |= {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
-    answer = here[response_id] = Answer(response_id)
-    answer.there = 0
-    await answer.put("response", response)
-    await sync(answer)
+    answer = await store.begin(response)
     answer.maker = asyncio.create_task(make(answer, question))
     if question.background and not question.stream:
         return answer.response
     # This is called when the stream has ended, or its reader has left.
-    stop = None if question.background else BackgroundTask(answer.put, "cancelled", None)
+    stop = None if question.background else BackgroundTask(store.put, answer, "cancelled")
     content, kind = (answer.read(), SSE) if question.stream else (answer.wait(), "application/json")
     return Stream(content, media_type=kind, background=stop)
 
@@ -374,16 +289,11 @@ async def retrieve(
 
 @app.post("/v1/responses/{response_id}/cancel")
 async def cancel(answer: Found) -> Any:
-    await answer.put("cancelled", None)
-    await sync(answer)
-    return answer.response
+    await store.put(answer, "cancelled")
+    return (await find(answer.id)).response
 
 
 @app.delete("/v1/responses/{response_id}")
 async def delete(answer: Found) -> Any:
-    here[answer.id] = answer
-    answer.parts, answer.there = [], -2
-    await answer.put("cancelled", None)
-    await sync(answer)
-    here.pop(answer.id, None)
+    await store.delete(answer)
     return {"id": answer.id, "object": "response", "deleted": True}
