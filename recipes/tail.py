@@ -132,11 +132,11 @@ def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
     before, new = data[: offset - start], data[offset - start :]
     if id_at(start + len(before), before) != last_id:
         return file, START, ROTATED  # it was truncated, even if it has grown again since
-    if not new.strip(b"\0"):
+    if not (hole := new[:BLOCK]).strip(b"\0"):
         # Nothing, or a hole, which a writer without O_APPEND leaves after a truncation:
         # https://github.com/logrotate/logrotate/issues/286
         try:
-            end = os.lseek(file.fileno(), offset + len(new), os.SEEK_DATA)
+            end = os.lseek(file.fileno(), offset + len(hole), os.SEEK_DATA)
         except OSError:  # there is nothing behind it
             return (following, START, ROTATED) if following else (file, last_id, b"")
         return file, id_at(end, file.read_at(end - CHECKED, end)), b""
@@ -195,9 +195,10 @@ async def write_a_line() -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(keep_going("The watch of LOG", watch.keep_looking))]
-    if not os.environ.get("LOG"):
+    tasks = []
+    if not os.environ.get("LOG"):  # before the watch, which would miss the file
         tasks.append(asyncio.create_task(keep_going("Writing tail.log", write_a_line)))
+    tasks.append(asyncio.create_task(keep_going("The watch of LOG", watch.keep_looking)))
     yield
     for task in tasks:
         task.cancel()

@@ -343,7 +343,7 @@ def test_what_is_written_to_a_renamed_log_comes_first(log: Path, read: Read) -> 
     assert reader.lines == ["one", "two", "no end", "three"]
 
 
-@pytest.mark.parametrize("size", [100, 5_000, 3_000_000])
+@pytest.mark.parametrize("size", [100, 5_000, 2**20 - 1, 3_000_000])
 def test_a_hole_is_left_out(log: Path, read: Read, size: int) -> None:
     """As a writer without O_APPEND leaves it (`program > app.log`) when its log is truncated."""
     with log.open("wb", buffering=0) as writer:
@@ -525,14 +525,16 @@ def test_the_server_is_asked_to_stop(server: Process, log: Path, read: Read) -> 
 # The recipe's own log -----------------------------------------------------------------------------
 
 
-def test_without_a_log_it_writes_its_own(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", ["", "an old line\n" * 200], ids=["missing", "there"])
+def test_without_a_log_it_writes_its_own(start: Start, tmp_path: Path, old: str) -> None:
     """In a copy of the project, and with an empty LOG, as a compose file sets it."""
     root = tmp_path / "project"
     shutil.copytree(ROOT / "recipes", root / "recipes", ignore=shutil.ignore_patterns("*.log*"))
     for name in ("main.py", "page"):
         (root / name).symlink_to(ROOT / name)
     log = root / "recipes" / "tail.log"
-    log.write_text("an old line\n" * 200)
+    if old:
+        log.write_text(old)
     command = (sys.executable, "-m", "uvicorn", "recipes.tail:app", "--port", "{port}")
     server = start(*command, env=ENVIRONMENT | {"LOG": ""}, cwd=root)
     reader = Reader(server, "?lines=0")
@@ -540,6 +542,8 @@ def test_without_a_log_it_writes_its_own(start: Start, tmp_path: Path) -> None:
         reader.wait_for_lines(2)
     finally:
         reader.close()
-    assert log.with_suffix(".log.1").read_text().startswith("an old line\n")
+    if old:
+        assert log.with_suffix(".log.1").read_text().startswith("an old line\n")
     assert "old" not in log.read_text()
+    assert "Waiting for LOG" not in server.log
     assert [event.type for event in reader.events][-2:] == ["message", "message"]
