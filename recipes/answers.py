@@ -169,7 +169,7 @@ class Answer:
                         await self.news.wait()
             frames = self.frames[sent : sent + 100]
             sent += len(frames)
-            yield "".join(frames) or ": keep-alive\n\n"
+            yield "".join(frames) or ": keep-alive\n"  # the openai package reads an empty line
 
     async def wait(self) -> AsyncGenerator[str]:
         """Yield the response at its end. JSON may begin with line breaks: one in each silence."""

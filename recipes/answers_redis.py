@@ -22,6 +22,7 @@ from recipes import answers, common
 
 END = "1-0"
 ROUND = 0.03  # seconds between two rounds
+MANY = 10_000  # parts that a round trip reads at most: they have to come in time
 PATIENCE = 2.0  # seconds that a round trip may take; a request waits for twice as long
 BEAT, GONE = 1.5, 6.0  # seconds of silence until an empty delta is put, and until it is given up
 FINISH = 5.0  # seconds that a server which is asked to stop goes on with its answers
@@ -46,6 +47,7 @@ class Answer(answers.Answer):
     def __init__(self, response_id: str) -> None:
         super().__init__(response_id)
         self.place, self.silent = "0-0", 0.0  # the id of the last part read; seconds since then
+        self.more = False  # whether there was more than the last round has read
         self.parts: list[str] = []  # what is put here: the id of a part, and the part, in turn
         self.there = -1  # how many parts Redis has; less than 0: see PUT
         self.asked = 0.0  # when somebody last asked for it
@@ -101,7 +103,7 @@ class RedisStore(answers.Store):
         self.here.setdefault(answer.id, answer)
         try:
             async with asyncio.timeout(2 * PATIENCE):
-                while self.last_round < called:  # noqa: ASYNC110
+                while self.last_round < called or answer.more:  # noqa: ASYNC110
                     await asyncio.sleep(ROUND / 3)
         except TimeoutError:
             raise common.openai_error(503, "The answers cannot be reached. Try again.") from None
@@ -136,16 +138,20 @@ class RedisStore(answers.Store):
         puts = {key: a.parts[2 * a.there : 2 * a.there + 200] for key, a in some.items()}
         puts = {key: parts for key, parts in puts.items() if parts}
         async with asyncio.timeout(PATIENCE), self.redis.pipeline(transaction=False) as pipeline:
-            pipeline.persist("answers:none")  # a write, so that a replica says what it is
+            # A write, so that Redis says so if it takes none: it is a replica, or full.
+            pipeline.set("answers:none", "", px=1)
             for key, parts in puts.items():
                 pipeline.eval(PUT, 1, key, answers.KEEP, some[key].there, *parts)
-            pipeline.xread({key: answer.place for key, answer in some.items()})
+            many = MANY // len(some)
+            pipeline.xread({key: answer.place for key, answer in some.items()}, count=many)
             _, *counts, news = await pipeline.execute()
         for key, there in zip(puts, counts, strict=True):
             some[key].there = there if some[key].there > -2 else -2
-        for key, entries in news:
-            for place, fields in entries:
-                some[key].place, some[key].silent = place, 0
-                some[key].take(*json.loads(fields.get("part", '["delta", ""]')))
-            if some[key].over:  # it may be deleted, so the next request reads it again
-                self.here.pop(some[key].id, None)
+        new = dict(news)
+        for key, answer in some.items():
+            for place, fields in new.get(key, ()):
+                answer.place, answer.silent = place, 0
+                answer.take(*json.loads(fields.get("part", '["delta", ""]')))
+            answer.more = len(new.get(key, ())) == many and not answer.over
+            if answer.over:  # it may be deleted, so the next request reads it again
+                self.here.pop(answer.id, None)

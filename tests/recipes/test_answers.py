@@ -262,11 +262,14 @@ def test_silence_is_told_with_comments(tmp_path: Path) -> None:
         body = {"model": "parrot", "input": "one two", "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/responses", json=body) as answer:
             text = "".join(answer.iter_text())
-        assert text.count(": keep-alive\n\n") > 5
+        assert text.count(": keep-alive\n") > 5
         del body["stream"]
         answer = httpx.post(f"{server.url}/v1/responses", json=body, timeout=LIMIT)
         assert answer.text.startswith("\n\n")  # so nobody on the way takes it for dead
-        assert asked(server).responses.create(model="parrot", input="a b").output_text == "a b"
+        client = asked(server)
+        assert client.responses.create(model="parrot", input="a b").output_text == "a b"
+        stream: Any = client.responses.create(model="parrot", input="a b", stream=True)
+        assert text_of(list(stream)) == "a b"
 
 
 def test_an_answer_is_forgotten_after_a_while_and_memory_is_given_back(tmp_path: Path) -> None:

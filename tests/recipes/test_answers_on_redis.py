@@ -107,7 +107,8 @@ def test_asked_without_a_stream_whether_a_dead_server_still_makes_it(
 
 
 def test_a_stopped_server_finishes_what_is_nearly_done(ask: Ask, redis: RedisServer) -> None:
-    servers = [ask.serve(redis.port) for _ in range(2)]
+    """Also, an answer is read to its end if that takes more than one round."""
+    servers = [ask.serve(redis.port, constants={"answers_redis.MANY": 7}) for _ in range(2)]
     here, there = (asked(server) for server in servers)
     short = here.responses.create(model="parrot", input=words(60), background=True)
     long = here.responses.create(model="parrot", input=words(5000), background=True)
@@ -169,7 +170,7 @@ def test_redis_fails(
 ) -> None:
     """Every request gets an answer in time, readers stay, and all goes on when Redis is well."""
     line = BadLine(redis.port)
-    server = ask.serve(line.port)
+    server, there = (ask.serve(line.port) for _ in range(2))
     client = asked(server)
     long, other, gone = (
         client.responses.create(model="parrot", input=words(400), background=True) for _ in range(3)
@@ -177,7 +178,9 @@ def test_redis_fails(
     url = f"{server.url}/v1/responses"
     with (
         ThreadPoolExecutor(5) as pool,
-        httpx.stream("GET", f"{url}/{long.id}?stream=true", timeout=LIMIT) as reader,
+        httpx.stream(
+            "GET", f"{there.url}/v1/responses/{long.id}?stream=true", timeout=LIMIT
+        ) as reader,
     ):
         pieces = reader.iter_text()
         text = next(pieces)

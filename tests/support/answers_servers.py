@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 
+importlib.import_module("recipes.answers")  # it imports the others
 for name, value in json.loads(os.environ.get("CONSTANTS", "{}")).items():
     module, constant = f"recipes.{name}".rsplit(".", 1)
     holder = importlib.import_module(module)
