@@ -239,8 +239,10 @@ def rescue() -> None:
     tasks: list[Any] = DBOS.list_workflows(name=NAME, status="PENDING")
     dead = database.find_dead({task.executor_id for task in tasks})
     for task in tasks:
-        if task.executor_id in dead:
-            part = read_tasks([task.workflow_id])[task.workflow_id].done
+        # By now it may be cancelled, or another server may have put it back.
+        same = {"workflow_ids": [task.workflow_id], "executor_id": task.executor_id}
+        if task.executor_id in dead and DBOS.list_workflows(**same, status="PENDING"):
+            part = database.count_steps([task.workflow_id]).get(task.workflow_id, 0)
             # In which parts servers died.
             deaths = [*(task.attributes or {}).get("deaths", []), part]
             if deaths.count(part) < DEATHS:
