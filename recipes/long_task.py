@@ -236,7 +236,7 @@ def rescue() -> None:
 
     If a server lives after all, DBOS refuses what it returns, and nothing is twice in the stream.
     """
-    tasks: list[Any] = DBOS.list_workflows(name=NAME, status="PENDING")
+    tasks: list[Any] = DBOS.list_workflows(name=NAME, queue_name=NAME, status="PENDING")
     dead = database.find_dead({task.executor_id for task in tasks})
     for task in tasks:
         # By now it may be cancelled, or another server may have put it back.
