@@ -49,7 +49,7 @@ class Message(BaseModel):
 
 class Question(BaseModel):
     model: str
-    input: Annotated[str | list[Message], Field(min_length=1)]
+    input: Annotated[str | Annotated[list[Message], Field(fail_fast=True)], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
