@@ -43,7 +43,8 @@ class Event(NamedTuple):
 def parse(body: bytes) -> list[Event]:
     """The complete events of a body, and `Event("comment", …)` for the comments."""
     events = []
-    for frame in body.decode().split("\n\n")[:-1]:
+    complete, _, _ = body.rpartition(b"\n\n")  # the rest may end in the middle of a character
+    for frame in complete.decode().split("\n\n"):
         assert "\r" not in frame
         fields = dict(line.split(": ", 1) for line in frame.split("\n"))
         assert len(fields) == frame.count("\n") + 1, frame  # this recipe has no field twice
