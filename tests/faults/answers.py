@@ -72,7 +72,6 @@ class Setting:
         for response_id, number in itertools.product(self.made_by, range(readers)):
             reader = Reader(ports[number % len(ports) :] + ports, response_id)
             self.readers.append(reader)
-            self.sources.all.append(reader)
             self.sources.loop.call_soon_threadsafe(reader.open)
         wait_for(lambda: all(len(reader.events) > 10 for reader in self.readers), "events")
 

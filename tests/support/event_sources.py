@@ -9,15 +9,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import httptools
 
-from tests.support.processes import LIMIT, wait_for
-
-T = TypeVar("T")
+from tests.support.processes import wait_for
 
 RETRY = 0.2  # seconds from the end of a connection to the next; some more at random
 
@@ -58,15 +56,17 @@ class EventSource:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            with suppress(OSError):  # nobody listens at the moment
-                _, self.connection = await loop.create_connection(
-                    lambda: Connection(self), sock=await self.connect()
-                )
-                await self.connection.ended
-                if self.status == 204:
-                    return
-            await asyncio.sleep(RETRY * (1 + random.random()))
+        try:
+            while self.status != 204:
+                with suppress(OSError):  # nobody listens at the moment
+                    _, self.connection = await loop.create_connection(
+                        lambda: Connection(self), sock=await self.connect()
+                    )
+                    await self.connection.ended
+                await asyncio.sleep(RETRY * (1 + random.random()))
+        finally:  # go away as a process does that ends
+            if self.connection:
+                self.connection.transport.abort()
 
     async def connect(self) -> socket.socket:
         connection = socket.socket()
@@ -81,51 +81,37 @@ class EventSource:
             raise
         return connection
 
-    async def close(self) -> None:
-        """Go away as a process does that ends."""
-        if self.task:
-            self.task.cancel()
-            await asyncio.wait([self.task])
-        if self.connection:
-            self.connection.transport.abort()
-
 
 class EventSources:
     """EventSources that read in a thread of their own, while a test does other things."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.all: list[EventSource] = []
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(LIMIT)
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
 
     def open(self, port: int, count: int = 1, **options: Any) -> list[EventSource]:
         """Open so many, and wait until all have been answered."""
         sources = [EventSource(port, **options) for _ in range(count)]
-        self.all += sources
         for source in sources:
             self.loop.call_soon_threadsafe(source.open)
         wait_for(lambda: all(source.status for source in sources), "the readers to be answered")
         return sources
 
     def close(self, sources: Iterable[EventSource]) -> None:
-        async def work() -> None:
-            await asyncio.gather(*(source.close() for source in sources))
-
-        self.run(work())
+        tasks = [source.task for source in sources if source.task]
+        for task in tasks:
+            self.loop.call_soon_threadsafe(task.cancel)
+        wait_for(lambda: all(task.done() for task in tasks), "the readers to leave")
 
     def pause(self, source: EventSource, paused: bool = True) -> None:
         """Let a reader read nothing, or go on."""
 
-        async def work() -> None:
+        def work() -> None:
             assert source.connection
             transport = source.connection.transport
             if not transport.is_closing():
                 transport.pause_reading() if paused else transport.resume_reading()
 
-        self.run(work())
+        self.loop.call_soon_threadsafe(work)
 
     def reset(self, source: EventSource) -> None:
         """Break its connection, wherever it is; it comes back."""
@@ -135,12 +121,17 @@ class EventSources:
 
 @contextmanager
 def event_sources() -> Iterator[EventSources]:
-    sources = EventSources()
-    try:
-        yield sources
-    finally:
-        sources.close(sources.all)
-        sources.loop.call_soon_threadsafe(sources.loop.stop)
+    """Readers that have all left, and whose loop is closed, at the end of the block."""
+    left = asyncio.Event()
+    with asyncio.Runner() as runner:  # at its end it cancels all tasks, and awaits them
+        sources = EventSources(runner.get_loop())
+        thread = threading.Thread(target=runner.run, args=[left.wait()])
+        thread.start()
+        try:
+            yield sources
+        finally:
+            sources.loop.call_soon_threadsafe(left.set)
+            thread.join()
 
 
 class Connection(asyncio.Protocol):

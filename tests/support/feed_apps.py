@@ -1,17 +1,11 @@
-"""Apps of people who use recipes/feed.py for more: `uvicorn --factory tests.support.feed_apps:…`.
-
-Each process calls one function, so each may change `recipes.feed.app`.
-"""
+"""recipes/feed.py with a middleware: `uvicorn tests.support.feed_apps:app`."""
 
 import asyncio
 import contextvars
-import json
-import os
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from recipes import feed
-from recipes.feed import app
+from tests.support.changed import feed
 
 reader: contextvars.ContextVar[int] = contextvars.ContextVar("reader")
 
@@ -42,20 +36,4 @@ class Limits:
         await self.inner(scope, receive, send_in_time)
 
 
-def limits() -> ASGIApp:
-    app.add_middleware(Limits)
-    return app
-
-
-def impatient() -> ASGIApp:
-    """A channel is forgotten after a tenth of a second."""
-    feed.FORGET = 0.1  # type: ignore[assignment]
-    return app
-
-
-def changed() -> ASGIApp:
-    """On Redis, with other constants: `CONSTANTS={"CHECK": 0.1}`."""
-    import recipes.feed_redis
-
-    vars(recipes.feed_redis).update(json.loads(os.environ["CONSTANTS"]))
-    return app
+app = Limits(feed)  # type: ignore[arg-type]
