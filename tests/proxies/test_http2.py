@@ -2,11 +2,8 @@
 
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
-import pytest
 import requests
 
 from tests.proxies.event_sources import EventSources
@@ -20,37 +17,21 @@ LIVE = (
 )
 
 
-class Nginx:
-    """deploy/nginx.conf with deploy/http2.conf beside it, and the certificate that it asks for."""
+def start_nginx(start: Start, server: Process, tmp: Path) -> tuple[str, str]:
+    """Start deploy/nginx.conf with deploy/http2.conf and the certificate that it asks for.
 
-    def __init__(self, server: Process, tmp: Path) -> None:
-        http2 = (ROOT / "deploy/http2.conf").read_text()
-        port = free_port()
-        own = {"listen 8443": f"listen 127.0.0.1:{port}"}
-        (tmp / "http2.conf").write_text(substitute(http2, own))
-        make_certificate = "".join(
-            line.removeprefix("#") for line in http2.splitlines(True) if line.startswith("#     ")
-        )
-        need("openssl", "openssl")
-        subprocess.run(make_certificate, shell=True, check=True, cwd=tmp, timeout=LIMIT)
-        plain = free_port()
-        config = deployed("nginx", plain, [server.port] * 3, tmp)
-        self.process = Process(command("nginx", config), tmp / "nginx.log", plain)
-        self.http1 = self.process.url
-        self.http2 = f"https://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def in_front_of(tmp_path: Path) -> Iterator[Callable[[Process], Nginx]]:
-    """Start nginx in front of a server: `in_front_of(server)`."""
-    with ExitStack() as stack:
-
-        def start_it(server: Process) -> Nginx:
-            nginx = Nginx(server, tmp_path)
-            stack.callback(nginx.process.kill)
-            return nginx
-
-        yield start_it
+    Return its addresses, the second one over HTTP/2.
+    """
+    http2 = (ROOT / "deploy/http2.conf").read_text()
+    port, plain = free_port(), free_port()
+    (tmp / "http2.conf").write_text(substitute(http2, {"listen 8443": f"listen 127.0.0.1:{port}"}))
+    make_certificate = "".join(
+        line.removeprefix("#") for line in http2.splitlines(True) if line.startswith("#     ")
+    )
+    need("openssl", "openssl")
+    subprocess.run(make_certificate, shell=True, check=True, cwd=tmp, timeout=LIMIT)
+    config = deployed("nginx", plain, [server.port] * 3, tmp)
+    return start(*command("nginx", config), port=plain).url, f"https://127.0.0.1:{port}"
 
 
 def protocol(browser: Browser) -> str:
@@ -58,10 +39,11 @@ def protocol(browser: Browser) -> str:
     return str(browser.run("return performance.getEntriesByType('navigation')[0].nextHopProtocol"))
 
 
-def test_over_http_1_six_run_and_the_others_wait(
-    browser: Browser, server: Process, in_front_of: Callable[[Process], Nginx]
+def test_six_run_over_http_1_and_all_over_http_2_and_all_are_resumed(
+    browser: Browser, server: Process, start: Start, tmp_path: Path
 ) -> None:
-    sources = EventSources(browser, in_front_of(server).http1, LIVE, COUNT)
+    http1, http2 = start_nginx(start, server, tmp_path)
+    sources = EventSources(browser, http1, LIVE, COUNT)
     assert protocol(browser) == "http/1.1"
     wait_for(lambda: sum(len(got) >= 2 for got in sources.ids()) == 6, "six live streams")
     assert sorted(sources.states()) == ["0"] * 6 + ["1"] * 6
@@ -69,11 +51,12 @@ def test_over_http_1_six_run_and_the_others_wait(
     browser.run("readers.find(({ source }) => source.readyState === 1).source.close()")
     wait_for(lambda: sources.ids().count([]) == 5, "the seventh")
 
+    # A redirect leads to https.
+    certificate = str(tmp_path / "http2.crt")
+    answer = requests.get(f"{http2}/sse/", allow_redirects=False, verify=certificate, timeout=LIMIT)
+    assert answer.headers["Location"] == f"{http2}/sse"
 
-def test_over_http_2_all_run_and_all_are_resumed(
-    browser: Browser, server: Process, in_front_of: Callable[[Process], Nginx]
-) -> None:
-    sources = EventSources(browser, in_front_of(server).http2, LIVE, COUNT)
+    sources = EventSources(browser, http2, LIVE, COUNT)
     assert protocol(browser) == "h2"
     wait_for(lambda: all(len(got) >= 2 for got in sources.ids()), "twelve live streams")
     assert sources.errors() == [0] * COUNT
@@ -92,11 +75,12 @@ def test_over_http_2_all_run_and_all_are_resumed(
 
 
 def test_over_http_2_one_without_an_answer_leaves_the_others_alone(
-    browser: Browser, start: Start, in_front_of: Callable[[Process], Nginx]
+    browser: Browser, start: Start, tmp_path: Path
 ) -> None:
     """When the server is full nginx closes a stream without an answer, not their connection."""
     server = start(*UVICORN, "--limit-concurrency", "5")  # four streams: it counts who asks, too
-    sources = EventSources(browser, in_front_of(server).http2, LIVE, COUNT)
+    _, http2 = start_nginx(start, server, tmp_path)
+    sources = EventSources(browser, http2, LIVE, COUNT)
     server.wait_for_log('"GET /sse.* 503', 3 * COUNT)
 
     def four() -> list[tuple[int, int]] | None:
@@ -109,12 +93,3 @@ def test_over_http_2_one_without_an_answer_leaves_the_others_alone(
     lost = sources.errors()
     wait_for(lambda: all(len(sources.ids()[i]) > n for i, n in running), "them to go on")
     assert [sources.errors()[i] for i, _ in running] == [lost[i] for i, _ in running]
-
-
-def test_over_http_2_a_redirect_leads_to_https(
-    server: Process, in_front_of: Callable[[Process], Nginx], tmp_path: Path
-) -> None:
-    url = in_front_of(server).http2
-    certificate = str(tmp_path / "http2.crt")
-    answer = requests.get(f"{url}/sse/", allow_redirects=False, verify=certificate, timeout=LIMIT)
-    assert answer.headers["Location"] == f"{url}/sse"

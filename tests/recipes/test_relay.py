@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import openai
 import psutil
 import pytest
 
+from recipes.common import upstream as upstream_settings
 from tests.support.processes import (
     ENVIRONMENT,
     LIMIT,
@@ -46,47 +48,43 @@ END = chunk({}, "stop")
 COMPLETE = events(*BEGINNING, END, "[DONE]")
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 TOOL = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-LARGE = "x" * 3_000_000
-UTF8 = b'{"choices": [{"index": 0, "delta": {"content": "\xe2\x98\x95\xe2\x80\xa8"}}]}'
 
-# Complete streams. They say «One two», unless SAID has something else.
+# Complete streams.
 STREAMS: dict[str, bytes] = {
     "ordinary": COMPLETE,
     "comments (OpenRouter)": b": OPENROUTER PROCESSING\n\n" + COMPLETE,
     "CRLF": COMPLETE.replace(b"\n", b"\r\n"),
     "CR": COMPLETE.replace(b"\n", b"\r"),
     "a byte order mark": b"\xef\xbb\xbf" + COMPLETE,
-    "no space after the colon (TGI)": COMPLETE.replace(b"data: ", b"data:"),
-    "other fields": COMPLETE.replace(b"data:", b"event: x\nid: 1\nx: y\ndata:"),
+    "no space after the colon (TGI), other fields": COMPLETE.replace(
+        b"data: ", b"event: x\nid: 1\nx: y\ndata:"
+    ),
     "an event over two lines": COMPLETE.replace(b', "object"', b'\ndata: , "object"'),
     "no [DONE]": events(*BEGINNING, END),
     "no finish_reason": events(*BEGINNING, "[DONE]"),
-    "empty choices first (Azure)": events('{"choices": [], "x": []}', *BEGINNING, END, "[DONE]"),
-    "choices null": events(*BEGINNING, END, json.dumps({"choices": None, "usage": USAGE})),
-    "a last chunk without choices": events(*BEGINNING, END, json.dumps({"usage": USAGE})),
+    "no choices": events(
+        json.dumps({"choices": [], "x": []}),  # Azure
+        *(*BEGINNING, END),
+        json.dumps({"choices": None, "usage": USAGE}),
+        json.dumps({"usage": USAGE}),
+    ),
     "an emoji in two halves": events(
         chunk({"content": "\ud83d"}), chunk({"content": "\ude80"}, "stop")
     ),
-    "UTF-8, and U+2028": b"data: " + UTF8 + b"\n\n" + events("[DONE]"),
-    "tool calls": events(chunk({"tool_calls": [TOOL]}), chunk({}, "tool_calls"), "[DONE]"),
-    "fields of its own": events(chunk({"content": "x", "own": "☕"}, "stop", x=float("nan"))),
-    "a large event": events(chunk({"content": LARGE}, "stop"), "[DONE]"),
-}
-SAID = {
-    "an emoji in two halves": "\ud83d\ude80",
-    "UTF-8, and U+2028": "☕\u2028",
-    "tool calls": "",
-    "fields of its own": "x",
-    "a large event": LARGE,
+    "UTF-8, and U+2028": b'data: {"own": "\xe2\x98\x95\xe2\x80\xa8"}\n\n' + COMPLETE,
+    "half a character": b'data: {"own": "\xf0\x9f"}\n\n' + COMPLETE,
+    "tool calls, and fields of its own": events(
+        chunk({"tool_calls": [TOOL], "own": "☕"}, "tool_calls", x=float("nan")), "[DONE]"
+    ),
+    "a large event": events(chunk({"content": "x" * 3_000_000}, "stop"), "[DONE]"),
+    "many lines": b"data: {\n" + b"data: \n" * 800_000 + b"data: }\n\n" + COMPLETE,
 }
 # Ways in which the body of a complete stream comes.
 WAYS: dict[str, bytes | Handler] = {
-    "way: without a length": head() + COMPLETE,
-    "way: with a charset": http(COMPLETE, media_type="text/event-stream; charset=utf-8"),
-    "way: as another media type": http(COMPLETE, media_type="text/plain"),
+    "way: as another media type": http(COMPLETE, media_type="text/plain; charset=utf-8"),
     "way: gzip": http(gzip.compress(COMPLETE), headers="Content-Encoding: gzip\r\n"),
     "way: br": http(brotli.compress(COMPLETE), headers="Content-Encoding: br\r\n"),
-    "way: broken after its end": http(COMPLETE, length=len(COMPLETE) + 9),
+    "way: broken after its last chunk": http(events(*BEGINNING, END), length=9999),
     "way: stalled after its end": hang_after(http(COMPLETE, length=len(COMPLETE) + 9)),
     "way: no last blank line": head() + events(*BEGINNING) + b"data: " + END.encode(),
 }
@@ -102,62 +100,45 @@ WAYS["way: byte by byte"] = byte_by_byte
 # Answers of which something is missing, or that are none: with a stream, and without.
 INCOMPLETE: dict[str, bytes | Handler] = {
     "ends early": head() + events(*BEGINNING),
-    "breaks off": http(events(*BEGINNING), length=9999),
-    "breaks off within an event": http(events(*BEGINNING) + b'data: {"cho', length=9999),
-    "stalls": hang_after(head() + events(*BEGINNING)),
-    "stalls within an event": hang_after(head() + events(*BEGINNING) + b'data: {"cho'),
+    "breaks off": http(events(*BEGINNING) + b'data: {"cho', length=9999),
+    "stalls": hang_after(head() + events(*BEGINNING) + b'data: {"cho'),
     "half of JSON": head() + events(*BEGINNING, '{"choices": '),
     "null": head() + events(*BEGINNING, "null"),
-    "choices of another shape": head() + events(*BEGINNING, '{"choices": ["x"]}'),
-    "another shape": head() + events(*BEGINNING) + b"oops: {}\n\n",
-    "too large an event": head() + events(*BEGINNING) + b"data: " + b"x" * 20_000_000,
+    "choices of another shape": head() + events(*BEGINNING, '{"choices": 5}'),
+    "too large an event": head() + events(*BEGINNING) + b"data: " + b"x" * 7_000_000,
 }
 NOTHING: dict[str, bytes | Handler] = {
     "nothing": http(b"", media_type="text/event-stream"),
     "no response": lambda connection: None,
-    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
-    "an endless head": b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 2_000_000,
     "never answers": hang,
     "HTML": http(b"<h1>Welcome</h1>\n\n<p>data: x</p>", media_type="text/html"),
     "a redirection": http(b"", "307 Moved", headers="Location: http://localhost/\r\n"),
     "an unknown encoding": http(b"\xff\x00", headers="Content-Encoding: gzip\r\n"),
-    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
-}
-BODIES: dict[str, bytes | Handler] = {
+    # To a stream, a body is no answer at all.
     "a body without a reason": http(whole("One two", None)),
     "a body that breaks off": http(whole("One two"), length=9999),
     "a body that stalls": hang_after(http(whole("One two")[:40], length=9999)),
-    "a body that is null": http(b"null"),
     "a body that is a stream of its own": http(b'{"response": "x"}\n{"response": "y"}\n'),
 }
 
 # What an upstream says of its failure, in several shapes.
 WHY = "the prompt has 13055 tokens, the context 4096"
 ERROR = json.dumps({"error": {"message": WHY, "type": "a", "own": [1.50]}}).encode()
-TEXT = json.dumps({"error": WHY}).encode()  # LM Studio, Ollama
 A_LIST = json.dumps([{"error": {"message": WHY}}]).encode()  # Gemini
 FAILURES: dict[str, bytes] = {
-    "an error": http(ERROR, "400 X"),
     "moderation (OpenRouter)": http(ERROR, "403 X"),
-    "a text": http(TEXT, "529 X"),
-    "a list": http(A_LIST, "404 X"),
-    "detail (FastAPI)": http(json.dumps({"detail": [{"msg": WHY}]}).encode(), "422 X"),
     "plain text": http(f"{WHY} é".encode("latin-1"), "413 X", media_type="text/plain"),
-    "HTML": http(f"<h1>{WHY}</h1>".encode(), "502 X", media_type="text/html"),
     "an event": http(b"data: " + ERROR + b"\n\n", "500 X"),
     "what JSON and UTF-8 cannot hold": http(
         json.dumps({"error": {"message": WHY + "\ud800", "x": 1e999}}).encode(), "429 X"
     ),
 }
-IN_A_200 = {"an error (OpenRouter)": ERROR, "a text": TEXT, "plain text": WHY.encode()}
+IN_A_200 = {"an error (OpenRouter)": ERROR, "plain text": WHY.encode()}
 IN_MID_STREAM = {
     "an error": b"data: " + ERROR + b"\n\n",
-    "a text": b"data: " + TEXT + b"\n\n",
     "a list": b"data: " + A_LIST + b"\n\n",
-    "event: error": b"event: error\ndata: " + ERROR + b"\n\n",
     "in a chunk (OpenRouter)": events(chunk({}, "error", error={"code": 502, "message": WHY})),
     "as another field (llama.cpp)": b'error: {"message": "%s"}\n\n' % WHY.encode(),
-    "without a field": ERROR,
     "plain text": WHY.encode(),
 }
 ANSWERS: dict[str, bytes | Handler] = {
@@ -168,9 +149,7 @@ ANSWERS: dict[str, bytes | Handler] = {
     **WAYS,
     **INCOMPLETE,
     **NOTHING,
-    **BODIES,
     "complete": http(whole("One two", own=[None, 1])),
-    "hangs": hang,
 }
 
 
@@ -189,7 +168,7 @@ def upstream() -> Iterator[Upstream]:
 @pytest.fixture(scope="module")
 def relay(start: Start, upstream: Upstream) -> Process:
     """Its patience is short, so that a test sees its end."""
-    return serve(start, "relay", upstream.url, relay__STALLED_AFTER=2)
+    return serve(start, "relay", upstream.url, relay__client__timeout=2, relay__MAX_PART=6_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -202,40 +181,18 @@ def lively(start: Start, upstream: Upstream) -> Process:
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_complete_stream_passes_as_it_came(relay: Process, name: str) -> None:
+    before = psutil.Process(relay.pid).cpu_times().user
     response = post(relay, asked(model=f"stream: {name}", stream=True))
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "text/event-stream"
     assert response.headers["X-Accel-Buffering"] == "no"
     assert response.content == STREAMS[name]
-    said = SAID.get(name, "One two")
-    assert read(relay, model=f"stream: {name}", stream=True, n=3) == (said, None)
+    assert psutil.Process(relay.pid).cpu_times().user < before + 6  # it held up nobody else
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_complete_stream_passes_however_it_comes(relay: Process, name: str) -> None:
-    assert read(relay, model=name, stream=True) == ("One two", None)
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param(b'data: {"own": "\xf0\x9f"}\n\n', id="half a character"),
-        pytest.param(b"data: {\n" + b"data: \n" * 800_000 + b"data: }\n\n", id="many lines"),
-    ],
-)
-def test_an_odd_event_passes_and_holds_nobody_up(
-    relay: Process, upstream: Upstream, odd: bytes
-) -> None:
-    upstream.answers["odd"] = http(odd + COMPLETE)
-    before = psutil.Process(relay.pid).cpu_times().user
-    assert post(relay, asked(model="odd", stream=True)).content == odd + COMPLETE
-    assert psutil.Process(relay.pid).cpu_times().user < before + 6
-
-
-def test_an_answer_ends_with_done(lively: Process) -> None:
-    """Some upstreams keep the connection open."""
-    answer = post(lively, asked(model="way: stalled after its end", stream=True))
-    assert answer.content == COMPLETE
+def test_a_complete_stream_passes_however_it_comes(lively: Process, name: str) -> None:
+    assert read(lively, model=name, stream=True) == ("One two", None)
 
 
 def test_a_complete_body_passes_as_it_came(relay: Process) -> None:
@@ -246,82 +203,64 @@ def test_a_complete_body_passes_as_it_came(relay: Process) -> None:
 
 
 QUESTIONS = [
-    {"max_tokens": -1},
-    {"stop": ["a"] * 9},
-    {"n": 1_000_000_000},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "text": None}]}]},
-    {"messages": None, "own": {"é": [1.5, None], "stream": True}},
+    json.dumps({**asked(model="complete"), "max_tokens": -1, "n": 10**9}, indent=1).encode(),
+    json.dumps({"model": "complete", "own": {"é": [1.5, None], "stream": True}}).encode(),
+    *(b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"),
 ]
 
 
-@pytest.mark.parametrize("fields", QUESTIONS, ids=str)
-def test_any_question_passes_as_it_came(
-    relay: Process, upstream: Upstream, fields: dict[str, Any]
-) -> None:
-    for stream, name in ((True, "stream: ordinary"), (False, "complete")):
-        question = json.dumps({**asked(model=name, stream=stream), **fields}, indent=1).encode()
-        assert post(relay, question).status_code == 200
+def test_any_question_passes_as_it_came(relay: Process, upstream: Upstream) -> None:
+    refusal = upstream.answers[""] = http(b'{"error": {"message": "What?"}}', "400 Bad Request")
+    for question in QUESTIONS:
+        response = post(relay, question)
         assert upstream.asked[-1][1] == question
+        if response.status_code != 200:
+            assert b"complete" not in question
+            assert refusal.endswith(response.content)
     url = f"{relay.url}/v1/chat/completions?api-version=2&x=a%20b"  # as Azure has it
-    assert httpx.post(url, content=question, timeout=LIMIT).status_code == 200
+    assert httpx.post(url, content=QUESTIONS[0], timeout=LIMIT).status_code == 200
     assert "/chat/completions?api-version=2&x=a%20b " in upstream.asked[-1][0]
 
 
-def test_even_one_that_is_none(relay: Process, upstream: Upstream) -> None:
-    refusal = b'{"error": {"message": "What?"}}'
-    upstream.answers[""] = http(refusal, "400 Bad Request")
-    for question in (b"", b"{", b"[]", b"\xff", b'"\\ud800"', b"NaN"):
-        response = post(relay, question)
-        assert (response.status_code, response.content) == (400, refusal)
-        assert upstream.asked[-1][1] == question
+ASKED_WITH = {
+    "Authorization": "Bearer the-readers",
+    "Cookie": "session=the-readers",
+    **dict.fromkeys(("X-Api-Key", "X-Goog-Api-Key", "X-Auth-Token"), "the-readers"),
+    "Content-Encoding": "own",
+    "OpenAI-Organization": "o",
+    "X-Title": b"caf\xe9",
+}
+ANSWERED_WITH = {
+    "X-Request-ID": "r-1",
+    "X-RateLimit-Remaining-Tokens": "7",
+    "Retry-After": "7",
+    "Retry-After-Ms": "900",
+    "OpenAI-Processing-Ms": "3",
+    "Anthropic-RateLimit-Requests-Limit": "5",
+    "Apim-Request-Id": "a",
+    "X-Own": "café",
+}
+NOT_PASSED_ON = {"Set-Cookie", "X-Accel-Redirect", "Access-Control-Allow-Origin", "Server"}
 
 
-def test_headers(relay: Process, upstream: Upstream) -> None:
-    more = (
-        "X-Request-ID: r-1\r\nX-RateLimit-Remaining-Tokens: 7\r\nretry-after-ms: 900\r\n"
-        "Retry-After: 7\r\nopenai-processing-ms: 3\r\nanthropic-ratelimit-requests-limit: 5\r\n"
-        "apim-request-id: a\r\nx-own: caf\xe9\r\nSet-Cookie: a=b\r\nServer: upstream\r\n"
-        "X-Accel-Redirect: /etc\r\nAccess-Control-Allow-Origin: *\r\n"
-    ).encode("latin-1")
-    for model, answer in (("fine", http(COMPLETE)), ("slow", http(b"{}", "429 X"))):
-        upstream.answers[model] = answer.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1)
-    for model, stream in (("fine", True), ("slow", True), ("slow", False)):
-        headers = {
-            "Authorization": "Bearer the-readers",
-            "Cookie": "session=1",
-            **dict.fromkeys(("X-Api-Key", "X-Goog-Api-Key", "X-Auth-Token"), "the-readers"),
-            "Content-Encoding": "own",
-            "OpenAI-Organization": "o",
-            "X-Title": b"caf\xe9",
-        }
-        response = httpx.post(
-            f"{relay.url}/v1/chat/completions",
-            json=asked(model=model, stream=stream),
-            headers=headers,  # type: ignore[arg-type]
-            timeout=LIMIT,
-        )
-        for name, value in (
-            ("X-Request-ID", "r-1"),
-            ("X-RateLimit-Remaining-Tokens", "7"),
-            ("Retry-After", "7"),
-            ("Retry-After-Ms", "900"),
-            ("OpenAI-Processing-Ms", "3"),
-            ("Anthropic-RateLimit-Requests-Limit", "5"),
-            ("Apim-Request-Id", "a"),
-            ("X-Own", "café"),
-            ("Server", "uvicorn"),
-        ):
-            assert response.headers[name] == value
-        assert not {"set-cookie", "x-accel-redirect", "access-control-allow-origin"} & {
-            *response.headers
-        }
-        asked_with = upstream.asked[-1][0].lower()
-        assert "authorization: bearer the-key\r\n" in asked_with
-        assert "openai-organization: o\r\n" in asked_with
-        assert "content-encoding: own\r\n" in asked_with
-        assert "x-title: caf\xe9\r\n" in asked_with
-        assert "the-readers" not in asked_with
-        assert "cookie" not in asked_with
+@pytest.mark.parametrize("answer", [http(COMPLETE), http(b"{}", "429 X")], ids=["fine", "slow"])
+def test_headers(relay: Process, upstream: Upstream, answer: bytes) -> None:
+    headers = ANSWERED_WITH | dict.fromkeys(NOT_PASSED_ON, "upstream")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+    upstream.answers["headers"] = answer.replace(b"\r\n", b"\r\n" + lines, 1)
+    response = httpx.post(
+        f"{relay.url}/v1/chat/completions",
+        json=asked(model="headers", stream=True),
+        headers=ASKED_WITH,  # type: ignore[arg-type]
+        timeout=LIMIT,
+    )
+    assert ANSWERED_WITH.items() <= {n: response.headers.get(n) for n in ANSWERED_WITH}.items()
+    assert "upstream" not in {response.headers.get(name) for name in NOT_PASSED_ON}
+    head = upstream.asked[-1][0].lower()
+    assert "authorization: bearer the-key\r\n" in head
+    for line in ("openai-organization: o", "content-encoding: own", "x-title: caf\xe9"):
+        assert f"{line}\r\n" in head
+    assert "the-readers" not in head
 
 
 def test_models(relay: Process, upstream: Upstream) -> None:
@@ -347,22 +286,14 @@ def test_an_incomplete_stream_does_not_look_complete(relay: Process, name: str) 
         assert "stalled" in error.message
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("name", NOTHING)
-def test_what_fails_at_once_has_a_status(relay: Process, name: str, stream: bool) -> None:
-    _, error = read(relay, model=name, stream=stream)
-    assert isinstance(error, openai.InternalServerError)
-    assert error.status_code == (504 if name == "never answers" else 502)
-    assert "upstream" in error.message.lower()
-
-
-@pytest.mark.parametrize("name", BODIES)
-def test_an_incomplete_body_does_not_look_complete(relay: Process, name: str) -> None:
-    for stream in (False, True):  # to a stream, a body is no answer at all
+def test_what_fails_at_once_has_a_status(relay: Process, name: str) -> None:
+    for stream in (True, False):
         _, error = read(relay, model=name, stream=stream)
         assert isinstance(error, openai.InternalServerError)
-        assert error.status_code == (504 if "stalls" in name else 502)
-        assert "upstream" in error.message
+        stalls = name in ("never answers", "a body that stalls")
+        assert error.status_code == (504 if stalls else 502)
+        assert "upstream" in error.message.lower()
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -376,13 +307,13 @@ def test_what_the_upstream_says_of_its_failure(relay: Process, name: str) -> Non
         assert f"Content-Type: {error.response.headers['content-type']}\r\n".encode() in head
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("name", IN_A_200)
-def test_a_failure_with_the_status_200(relay: Process, name: str, stream: bool) -> None:
-    response = post(relay, asked(model=f"early: {name}", stream=stream))
-    assert response.status_code == 502
-    assert WHY in response.text
-    assert response.json()["error"]
+def test_a_failure_with_the_status_200(relay: Process, name: str) -> None:
+    for stream in (True, False):
+        response = post(relay, asked(model=f"early: {name}", stream=stream))
+        assert response.status_code == 502
+        assert WHY in response.text
+        assert response.json()["error"]
 
 
 @pytest.mark.parametrize("name", IN_MID_STREAM)
@@ -438,7 +369,7 @@ def test_a_large_reason_takes_no_memory(lively: Process, upstream: Upstream) -> 
 
 def test_a_silent_stream_is_kept_alive(lively: Process) -> None:
     """Also before the upstream has said anything: what then goes wrong is an event."""
-    for model, before in (("hangs", 0), ("stalls", 3), ("stalls within an event", 3)):
+    for model, before in (("never answers", 0), ("stalls", 3)):
         with raw_post(lively, asked(model=model, stream=True)) as reader:
             received = b""
             while received.count(b": keep-alive\n\n") < 3:
@@ -448,7 +379,7 @@ def test_a_silent_stream_is_kept_alive(lively: Process) -> None:
         assert received.count(b"content-type: text/event-stream") == 1
 
 
-@pytest.mark.parametrize("said", ['[{"error": {"message": "no"}}]', "", "no"])
+@pytest.mark.parametrize("said", ['[{"error": {"message": "no"}}]', ""])
 def test_what_fails_after_a_comment_is_an_event(
     lively: Process, upstream: Upstream, said: str
 ) -> None:
@@ -466,8 +397,8 @@ def test_what_fails_after_a_comment_is_an_event(
     assert said in str(error)
 
 
+@pytest.mark.parametrize("model", ["never answers", "stalls", "a body that stalls"])
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("model", ["hangs", "stalls", "a body that stalls"])
 def test_the_model_stops_when_the_reader_leaves(
     lively: Process, upstream: Upstream, model: str, stream: bool
 ) -> None:
@@ -509,24 +440,23 @@ def test_many_at_once(lively: Process, upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("UPSTREAM_URL", "api.openai.com/v1"),
-        ("UPSTREAM_URL", "http://localhost:x/v1"),
-        ("UPSTREAM_URL", "http://256.0.0.1/v1"),
-        ("UPSTREAM_KEY", "s3cret☕"),
-    ],
+    "url", ["api.openai.com/v1", "http://localhost:x/v1", "http://256.0.0.1/v1"]
 )
-def test_a_wrong_setting_is_told_at_the_start(name: str, value: str) -> None:
+def test_a_wrong_address(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("UPSTREAM_URL", url)
+    with pytest.raises(SystemExit, match="UPSTREAM_URL must be an address such as https://"):
+        upstream_settings()
+
+
+def test_a_wrong_key_is_told_at_the_start() -> None:
     command = [sys.executable, "-m", "uvicorn", "recipes.relay:app", "--port", str(free_port())]
-    environment = {**ENVIRONMENT, "UPSTREAM_URL": "http://localhost/v1", name: value}
+    environment = {**ENVIRONMENT, "UPSTREAM_KEY": "s3cret☕"}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert result.returncode != 0
-    assert name in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "s3cret" not in result.stderr
+    assert "UPSTREAM_KEY" in result.stderr
+    assert not re.search("Traceback|s3cret", result.stderr)
 
 
 def test_what_the_readme_says_of_the_package(upstream: Upstream) -> None:

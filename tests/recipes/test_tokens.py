@@ -292,11 +292,12 @@ def test_an_answer_that_is_cut_does_not_look_complete(start: Start) -> None:
 
 def test_a_middleware_that_repeats_the_body(start: Start) -> None:
     """Repeated, it is more than 1 MB."""
-    assert read(serve(start, "repeated"), question=QUESTION + LONG, max_tokens=9)[1] is None
+    server = serve(start, "tests.support.tokens_servers:repeated")
+    assert read(server, question=QUESTION + LONG, max_tokens=9)[1] is None
 
 
 def test_a_model_that_fails(start: Start) -> None:
-    text, error = read(serve(start, "failing"), stream=True)
+    text, error = read(serve(start, "tests.support.tokens_servers:failing"), stream=True)
     assert text == "What is"
     assert type(error) is openai.APIError
     assert error.message == "The model failed."

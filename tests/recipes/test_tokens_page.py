@@ -144,7 +144,7 @@ def test_every_failure_is_told(browser: Browser, start: Start) -> None:
 
 @in_each_browser
 def test_the_network_may_cut_where_it_likes(browser: Browser, start: Start) -> None:
-    server = serve(start, "cut_up", parrot__SECONDS_PER_TOKEN=0)
+    server = serve(start, "tests.support.tokens_servers:cut_up", parrot__SECONDS_PER_TOKEN=0)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked(stream=True)) as wire:
         assert next(wire.iter_raw()).startswith(b":")  # where an event would begin with "data:"
     open_page(browser, server)

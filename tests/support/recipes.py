@@ -25,8 +25,11 @@ def start_recipe(start: Start, recipe: str, tmp_path: Path, **environment: str) 
 
 
 def start_changed(start: Start, recipe: str, **settings: Any) -> Process:
-    """Start a recipe with other constants, `feed__KEEP=10`, and the rest in its environment."""
+    """Start a recipe with other constants, `feed__KEEP=10`, and the rest in its environment.
+
+    It logs at DEBUG: the parrot says then when it stops.
+    """
     changes = {name.replace("__", "."): settings[name] for name in settings if "__" in name}
     environment = {name: value for name, value in settings.items() if "__" not in name}
-    app = f"tests.support.changed:{recipe}"
-    return start_app(start, app, CONSTANTS=json.dumps(changes), **environment)
+    app = recipe if ":" in recipe else f"tests.support.changed:{recipe}"
+    return start_app(start, app, "--log-level=debug", CONSTANTS=json.dumps(changes), **environment)

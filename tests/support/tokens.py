@@ -12,7 +12,7 @@ import openai
 from openai import OpenAI
 
 from tests.support.processes import LIMIT, Process, Start
-from tests.support.recipes import start_app
+from tests.support.recipes import start_changed
 
 QUESTION = "What is a <b>token</b>? A piece of text, such as ☕."
 LONG = "A long answer, of which nobody reads the end. " * 100  # 1,100 tokens
@@ -22,16 +22,9 @@ http = httpx.Client(timeout=LIMIT)  # one takes longer to make than an answer
 
 
 def serve(start: Start, app: str, upstream: str = "", **constants: Any) -> Process:
-    """Start an app of tests/support/tokens_servers.py. `relay__SILENCE=1` changes a constant."""
-    changes = {name.replace("__", "."): value for name, value in constants.items()}
-    return start_app(
-        start,
-        f"tests.support.tokens_servers:{app}",
-        "--log-level=debug",  # the parrot logs when it stops
-        CONSTANTS=json.dumps(changes),
-        UPSTREAM_URL=upstream,
-        UPSTREAM_KEY="the-key" if upstream else "",
-    )
+    """Start `tokens`, `relay` or `tests.support.tokens_servers:cut_up`, with other constants."""
+    settings = {"UPSTREAM_URL": upstream, "UPSTREAM_KEY": "the-key" if upstream else ""}
+    return start_changed(start, app, **constants, **settings)
 
 
 def asked(question: Any = QUESTION, **fields: Any) -> dict[str, Any]:
