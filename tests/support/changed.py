@@ -6,9 +6,10 @@ They are in the environment: `CONSTANTS={"feed.KEEP": 10, "relay.client.timeout"
 import importlib
 import json
 import os
+from typing import Any
 
 
-def __getattr__(recipe: str) -> object:
+def __getattr__(recipe: str) -> Any:
     if recipe.startswith("_"):
         raise AttributeError(recipe)
     app = importlib.import_module(f"recipes.{recipe}").app

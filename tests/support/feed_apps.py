@@ -36,4 +36,4 @@ class Limits:
         await self.inner(scope, receive, send_in_time)
 
 
-app = Limits(feed)  # type: ignore[arg-type]
+app = Limits(feed)
