@@ -1,37 +1,20 @@
-"""Clients as people run them, and in this process."""
+"""The clients' `main()` in this process, and a clock that need not be waited for."""
 
+import asyncio
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.processes import RunningClient
 from tests.support.wrong_servers import load
-
-Run = Callable[..., RunningClient]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    """Start clients: `run(client, url)`."""
-    running: list[RunningClient] = []
-
-    def run(client: str, *arguments: str) -> RunningClient:
-        running.append(RunningClient(tmp_path, client, *arguments))
-        return running[-1]
-
-    yield run
-    for client in running:
-        client.popen.kill()
-        client.wait()
 
 
 class Printed(NamedTuple):
-    status: int
+    status: object
     out: list[str]
     err: list[str]
 
@@ -51,8 +34,29 @@ def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         # Without pytest's handlers a warning goes where a person sees it.
         monkeypatch.setattr(logging.getLogger(client), "propagate", False)
         monkeypatch.setattr(sys, "argv", [f"{client}.py", url])
-        status = load(client, **constants).main()
+        try:
+            status = load(client, **constants).main()
+        except SystemExit as end:
+            status = end.code
         out, err = capfd.readouterr()
         return Printed(status, out.splitlines(), err.splitlines())
 
     return main
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a clock of this process that only sleeping moves, and sleeping takes no time."""
+    now, sleep_async = time.monotonic(), asyncio.sleep
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    async def sleep_on_the_loop(seconds: float) -> None:
+        sleep(seconds)
+        await sleep_async(0)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep_on_the_loop)

@@ -1,10 +1,7 @@
-"""Readers that others wrote get all ten events: httpx-sse and Node's eventsource."""
+"""A reader that others wrote gets all ten events: Node's eventsource. (bench/ has httpx-sse.)"""
 
 import json
 import subprocess
-
-import httpx
-from httpx_sse import connect_sse
 
 from tests.support.npm import node_modules
 from tests.support.processes import LIMIT, ROOT, Process, need
@@ -12,16 +9,6 @@ from tests.support.processes import LIMIT, ROOT, Process, need
 TEN = [
     {"event_id": i, "data": f"Step {i + 1} of 10: ☕", "is_last_event": i == 9} for i in range(10)
 ]
-
-
-def test_httpx_sse(shared_server: Process) -> None:
-    url = f"{shared_server.url}/sse?interval=0.02"
-    with httpx.Client() as client, connect_sse(client, "GET", url) as source:
-        events = list(source.iter_sse())
-    assert [event.json() for event in events] == TEN
-    assert [event.id for event in events] == [str(i) for i in range(10)]
-    assert {event.event for event in events} == {"message"}, "a plain onmessage sees all of them"
-    assert {event.retry for event in events} == {1000}
 
 
 def test_node_eventsource_stops_by_itself_at_the_204(server: Process) -> None:

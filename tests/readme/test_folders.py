@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults import picture
 from tests.faults import streams as faults
-from tests.support.fault_proxy import plans, whole_answer
+from tests.support.fault_proxy import complete_answer, plans
 from tests.support.processes import ROOT, UVICORN, Process, Start
 from tests.support.readme import Block, Readme
 
@@ -86,7 +86,7 @@ def test_the_picture_is_of_that_table() -> None:
 def test_the_table_of_broken_connections_is_of_what_fault_proxy_py_does(
     shared_server: Process,
 ) -> None:
-    tried = plans(len(whole_answer(shared_server.port)))
+    tried = plans(len(complete_answer(shared_server.port)))
     assert table("When a connection breaks")[1:] == [
         [name, str(len(plan)), "0", "0"] for name, plan in tried.items()
     ]

@@ -1,210 +1,106 @@
-"""A TCP proxy that damages connections on purpose, between a client and a real server.
+"""Connections that are damaged on purpose, between a client and a real server.
 
 Toxiproxy does this too, but PyPI and npm have only clients for its prebuilt binary.
 
 `python -m tests.support.fault_proxy` prints how many events the line readers lose and double: none.
 """
 
-import asyncio
 import logging
 import random
 import socket
 import struct
-import sys
 import tempfile
-import threading
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
-from tests.support.processes import UVICORN, Process, free_port
-from tests.support.wrong_servers import load, read_all, read_async
+from tests.support.processes import UVICORN, starting
+from tests.support.wrong_servers import (
+    LINE_READERS,
+    Connection,
+    WrongServer,
+    error,
+    load,
+    read,
+    wrong_server,
+)
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """What happens to one connection, once so many bytes of the answer have come through."""
 
     kind: Literal["cut", "reset", "stall", "trickle", "502", "503"]
     after: int = 0
 
 
-@dataclass
-class Route:
-    """One address of the proxy. Each connection to it meets the next fault, then there are none."""
-
-    faults: list[Fault]
-    for_ever: bool = False  # the last fault stays
-    url: str = ""
-    connections: int = 0
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def next_fault(self) -> Fault | None:
-        self.connections += 1
-        if self.for_ever and self.connections >= len(self.faults):
-            return self.faults[-1]
-        return self.faults[self.connections - 1] if self.connections <= len(self.faults) else None
-
-
-class FaultProxy:
-    """Listens in a thread of its own, with a port for each route."""
-
-    def __init__(self, port: int) -> None:
-        self.upstream = port
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
-
-    @contextmanager
-    def route(self, faults: Iterable[Fault], for_ever: bool = False) -> Iterator[Route]:
-        route = Route(list(faults), for_ever)
-        server = self.run(asyncio.start_server(self.handler(route), "127.0.0.1", 0))
-        port = server.sockets[0].getsockname()[1]
-        route.url = f"http://127.0.0.1:{port}/ndjson?interval=0"
-        yield route
-        self.run(self.close(server, route))
-
-    async def close(self, server: asyncio.Server, route: Route) -> None:
-        server.close()
-        for task in route.tasks:
-            task.cancel()
-        await asyncio.gather(*route.tasks, return_exceptions=True)
-
-    def handler(self, route: Route) -> Any:
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task
-            route.tasks.add(task)
-            try:
-                with suppress(OSError, asyncio.CancelledError, asyncio.IncompleteReadError):
-                    await self.answer(route.next_fault(), reader, writer)
-            finally:
-                writer.transport.abort()
-                route.tasks.discard(task)
-
-        return handle
-
-    async def answer(
-        self, fault: Fault | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        request = await reader.readuntil(b"\r\n\r\n")
-        if fault and fault.kind in ("502", "503"):
-            writer.write(b"HTTP/1.1 %s Broken\r\nContent-Length: 0\r\n\r\n" % fault.kind.encode())
-            await self.end(writer)
-            return
-        upstream, requests = await asyncio.open_connection("127.0.0.1", self.upstream)
-        client_gone = asyncio.create_task(reader.read(1))
-        client_gone.add_done_callback(lambda _: requests.transport.abort())
-        try:
-            requests.write(request)
-            left = fault.after if fault else sys.maxsize
-            while left and (data := await upstream.read(min(left, 65536))):
-                left -= len(data)
-                writer.write(data)
-                await writer.drain()
-            if left or not fault or fault.kind == "cut":
-                await self.end(writer)
-            elif fault.kind == "reset":
-                # The socket is closed by abort(), and with this that sends RST.
-                linger = struct.pack("ii", 1, 0)
-                client = writer.get_extra_info("socket")
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            elif fault.kind == "stall":
-                await client_gone
-            else:
-                while data := await upstream.read(1):
-                    writer.write(data)
-                    await writer.drain()
-                    await asyncio.sleep(0)
-        finally:
-            client_gone.cancel()
-            requests.transport.abort()
-
-    async def end(self, writer: asyncio.StreamWriter) -> None:
-        """Close with FIN, after all that was written."""
-        writer.close()
-        await writer.wait_closed()
-
-
-QUICK = {"FIRST_DELAY": 0.001, "STALL_TIMEOUT": 0.2, "GIVE_UP_AFTER": 60.0}
-
-
-@dataclass
-class Tally:
-    """How often a fault was tried, and what became of the ten events of each stream."""
-
-    tried: int = 0
-    connections: int = 0
-    lost: int = 0
-    doubled: int = 0
-    disordered: int = 0
-    errors: list[str] = field(default_factory=list)
-
-    def add(self, route: Route, events: list[Any], error: str | None) -> None:
-        ids = [event["event_id"] for event in events]
-        self.tried += 1
-        self.connections += route.connections
-        self.lost += 10 - len(set(ids))
-        self.doubled += len(ids) - len(set(ids))
-        self.disordered += ids != sorted(ids)
-        if error:
-            self.errors.append(error)
-
-
-def try_all(client: str, proxy: FaultProxy, plans: Iterable[list[Fault]], at_once: int) -> Tally:
-    """Read a stream of ten events through each of these plans, several at once; count."""
-    tally = Tally()
-    module = load(client, **QUICK)
-
-    def try_sync(plan: list[Fault]) -> None:
-        with proxy.route(plan) as route:
-            tally.add(route, *read_all(module, route.url))
-
-    async def try_async(plan: list[Fault], limit: asyncio.Semaphore) -> None:
-        async with limit:
-            with proxy.route(plan) as route:
-                tally.add(route, *await read_async(module, route.url))
-
-    async def try_all_async() -> None:
-        limit = asyncio.Semaphore(at_once)
-        await asyncio.gather(*(try_async(plan, limit) for plan in plans))
-
-    if client == "client_async":
-        asyncio.run(try_all_async())
-    else:
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(try_sync, plans))
-    return tally
-
-
-def whole_answer(port: int) -> bytes:
-    """Return the answer with ten events as it is on the wire, its headers included."""
+def complete_answer(port: int, first: int = 0) -> bytes:
+    """Return the answer with the events from `first` on, as it is on the wire, with its headers."""
+    resume = f"Last-Event-ID: {first - 1}\r\n" if first else ""
+    request = f"GET /ndjson?interval=0 HTTP/1.1\r\nHost: localhost\r\n{resume}\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"GET /ndjson?interval=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.sendall(request.encode())
         answer = b""
         while not answer.endswith(b"\r\n0\r\n\r\n"):
             answer += connection.recv(65536)
     return answer
 
 
-def main() -> None:
-    """Print the table: each fault, how often it was tried, events lost and events doubled."""
-    logging.disable()
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        command = [word.replace("{port}", str(port)) for word in UVICORN]
-        server = Process(command, Path(folder, "server.log"), port)
-        try:
-            print_table(port)
-        finally:
-            server.kill()
+def fault_proxy(port: int, faults: list[Fault], for_ever: bool = False) -> WrongServer:
+    """Each connection meets the next fault; then there are none, or the last one stays."""
+
+    def answer(connection: Connection) -> None:
+        number = connection.number - 1
+        if for_ever:
+            number = min(number, len(faults) - 1)
+        kind, after = faults[number] if number < len(faults) else (None, 0)
+        if kind in ("502", "503"):
+            connection.send(error(f"{kind} Broken"))
+            return
+        data = complete_answer(port, connection.first)
+        connection.send(data[:after])
+        if kind == "reset":  # closed so, the socket sends RST
+            linger = struct.pack("ii", 1, 0)
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        elif kind == "stall":
+            connection.wait_until_closed()
+        elif kind == "trickle":
+            for byte in data[after:]:
+                connection.send(bytes([byte]))
+        elif kind is None:
+            connection.send(data)
+
+    return wrong_server(answer)
+
+
+class Tally(NamedTuple):
+    """How often a fault was tried, and what became of the ten events of each stream."""
+
+    tried: int
+    connections: int
+    lost: int
+    doubled: int
+    wrong: list[Any]  # what came out of order, or ended with an error
+
+
+def try_all(client: str, port: int, plans: Iterable[list[Fault]]) -> Tally:
+    """Read a stream of ten events through each of these plans, several at once; count."""
+    module = load(client, FIRST_DELAY=0.001, STALL_TIMEOUT=0.2, GIVE_UP_AFTER=60.0)
+
+    def try_one(plan: list[Fault]) -> tuple[int, list[int], str | None]:
+        with fault_proxy(port, plan) as proxy:
+            ids, error = read(module, proxy.url)
+        return len(proxy.connections), ids, error
+
+    with ThreadPoolExecutor(8) as pool:
+        tried = list(pool.map(try_one, plans))
+    return Tally(
+        tried=len(tried),
+        connections=sum(connections for connections, _, _ in tried),
+        lost=sum(10 - len(set(ids)) for _, ids, _ in tried),
+        doubled=sum(len(ids) - len(set(ids)) for _, ids, _ in tried),
+        wrong=[each for each in tried if each[2] or each[1] != sorted(each[1])],
+    )
 
 
 def plans(length: int) -> dict[str, list[list[Fault]]]:
@@ -231,16 +127,17 @@ def plans(length: int) -> dict[str, list[list[Fault]]]:
     }
 
 
-def print_table(port: int) -> None:
-    proxy = FaultProxy(port)
-    print("| fault | times tried, with each reader | lost | doubled |\n| --- | --- | --- | --- |")
-    for name, tries in plans(len(whole_answer(port))).items():
-        tallies = [
-            try_all(client, proxy, tries, at_once=8) for client in ("client_sync", "client_async")
-        ]
-        lost = sum(tally.lost for tally in tallies)
-        doubled = sum(tally.doubled for tally in tallies)
-        print(f"| {name} | {len(tries)} | {lost} | {doubled} |", flush=True)
+def main() -> None:
+    """Print the table: each fault, how often it was tried, events lost and events doubled."""
+    logging.disable()
+    with tempfile.TemporaryDirectory() as folder, starting(Path(folder)) as start:
+        port = start(*UVICORN).port
+        print("| fault | times tried, with each reader | lost | doubled |")
+        print("| --- | --- | --- | --- |")
+        for name, tries in plans(len(complete_answer(port))).items():
+            tallies = [try_all(client, port, tries) for client in LINE_READERS]
+            lost, doubled = sum(t.lost for t in tallies), sum(t.doubled for t in tallies)
+            print(f"| {name} | {len(tries)} | {lost} | {doubled} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ import asyncio
 import importlib.util
 import json
 import socket
-import struct
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any, Self
 
 import pytest
 
@@ -65,16 +63,6 @@ def error(status: str, body: bytes = b"it is broken", headers: bytes = b"") -> b
     )
 
 
-class Gzip:
-    """Compresses as a server does that keeps its stream live: each piece can be read at once."""
-
-    def __init__(self) -> None:
-        self.compressor = zlib.compressobj(wbits=31)
-
-    def __call__(self, data: bytes) -> bytes:
-        return self.compressor.compress(data) + self.compressor.flush(zlib.Z_SYNC_FLUSH)
-
-
 class Connection:
     """One connection of a client, with its request already read."""
 
@@ -103,11 +91,6 @@ class Connection:
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
-    def reset(self) -> None:
-        """Close with RST, as the kernel of a process that was killed does with unread data."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
-
     def wait_until_closed(self) -> None:
         """Stay open and silent until the client goes away."""
         self.socket.settimeout(LIMIT)
@@ -120,6 +103,31 @@ class Connection:
 Answer = Callable[[Connection], None]
 
 
+def stall(head: bytes) -> Answer:
+    """An answer that begins so, and then stays open and silent."""
+
+    def answer(connection: Connection) -> None:
+        connection.send(head)
+        connection.wait_until_closed()
+
+    return answer
+
+
+def in_turn(*answers: bytes | Answer) -> Answer:
+    """The first connection gets the first answer; the last answer is also for all later ones."""
+
+    def answer(connection: Connection) -> None:
+        chosen = answers[min(connection.number, len(answers)) - 1]
+        connection.send(chosen) if isinstance(chosen, bytes) else chosen(connection)
+
+    return answer
+
+
+def go_on(connection: Connection) -> None:
+    """Send the events that the client has not had."""
+    connection.send(CHUNKED + chunk(events(connection.first, 10)) + END)
+
+
 class WrongServer:
     """Listens on a port of its own; `connections` holds every request that it got, in order."""
 
@@ -128,6 +136,14 @@ class WrongServer:
         self.connections: list[Connection] = []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/ndjson"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
 
     def listen(self) -> None:
         while True:
@@ -146,18 +162,9 @@ class WrongServer:
                 return
 
 
-@contextmanager
-def wrong_server(answer: Answer | bytes) -> Iterator[WrongServer]:
-    """Run a server that gives this answer, on each connection."""
-    if isinstance(answer, bytes):
-        data = answer
-        server = WrongServer(lambda connection: connection.send(data))
-    else:
-        server = WrongServer(answer)
-    with server.listener:
-        threading.Thread(target=server.listen, daemon=True).start()
-        yield server
-        server.listener.shutdown(socket.SHUT_RDWR)
+def wrong_server(answer: Answer | bytes) -> WrongServer:
+    """A server that gives this answer, on each connection, in a `with` block."""
+    return WrongServer(in_turn(answer))
 
 
 def load(name: str, **constants: float) -> Any:
@@ -173,36 +180,28 @@ def load(name: str, **constants: float) -> Any:
     return module
 
 
-async def read_async(module: Any, url: str, pause: float = 0) -> tuple[list[Any], str | None]:
-    """`read_all`, for the asynchronous client alone."""
-    found = []
-    try:
-        async for item in module.read_events(url):
-            found.append(item)
-            await asyncio.sleep(pause)
-    except module.StreamError as error:
-        return found, str(error)
-    return found, None
+def for_each(module: Any, url: str, act: Callable[[Any], object], pause: float = 0) -> None:
+    """Do something with each event, in a loop as a program has it, with a pause after each."""
 
+    async def loop() -> None:
+        async with aclosing(module.read_events(url)) as stream:
+            async for item in stream:
+                act(item)
+                await asyncio.sleep(pause)
 
-def read_all(module: Any, url: str, pause: float = 0) -> tuple[list[Any], str | None]:
-    """Return what a line reader gives, and its error, if it ends with one.
-
-    The program that reads is busy for `pause` seconds after each event.
-    """
     if module.__name__ == "client_async":
-        return asyncio.run(read_async(module, url, pause))
-    found = []
-    try:
+        asyncio.run(loop())
+    else:
         for item in module.read_events(url):
-            found.append(item)
+            act(item)
             time.sleep(pause)
-    except module.StreamError as error:
-        return found, str(error)
-    return found, None
 
 
 def read(module: Any, url: str, pause: float = 0) -> tuple[list[int], str | None]:
-    """The same, with the ids of the events."""
-    found, sentence = read_all(module, url, pause)
-    return [item["event_id"] for item in found], sentence
+    """Return the ids of the events that a line reader gives, and its error, if it ends with one."""
+    ids: list[int] = []
+    try:
+        for_each(module, url, lambda item: ids.append(item["event_id"]), pause)
+    except module.StreamError as error:
+        return ids, str(error)
+    return ids, None
