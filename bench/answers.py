@@ -74,7 +74,7 @@ async def look(server: Server, row: str, answers: int, seconds: float) -> dict[s
         )
         readers.append(reader)
         await asyncio.sleep(1 / RATE)  # not all of them at the same moment
-    await asyncio.sleep(2)
+    await asyncio.sleep(seconds / 5)
     late.clear()
     start, cpu, own = time.perf_counter(), server.cpu(), time.process_time()
     await asyncio.sleep(seconds)

@@ -54,7 +54,7 @@ async def read(port: int, task_id: str, seen: dict[tuple[str, int], float]) -> N
 
 async def look(server: Server, tasks: int, parts: int, quiet: float) -> dict[str, Any]:
     """Leave it alone for `quiet` seconds, then run so many tasks of one-second parts."""
-    await asyncio.sleep(3)  # what comes with the start
+    await asyncio.sleep(quiet / 10)  # what comes with the start
     before, cpu = time.perf_counter(), server.cpu()
     await asyncio.sleep(quiet)
     idle = (server.cpu() - cpu) / (time.perf_counter() - before)
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a hundred long tasks cost.")
     parser.add_argument("--quick", action="store_true", help="small numbers, which say nothing")
     arguments = parser.parse_args()
-    results = measure(*((5, 3, 1.0) if arguments.quick else (100, 40, 30.0)))
+    results = measure(*((2, 2, 0.2) if arguments.quick else (100, 40, 30.0)))
     print(render(results))
     if not arguments.quick:
         (HERE / "long_task.json").write_text(json.dumps(results, indent=1) + "\n")

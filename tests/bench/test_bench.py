@@ -76,18 +76,9 @@ def test_a_reader_is_exact_about_lateness_and_loss(monkeypatch: pytest.MonkeyPat
     assert counters.opened == 1
 
 
-def test_the_load_generator_finds_known_faults() -> None:
-    # Not less than there is, but for the first event's own lateness; more only if this is busy.
-    for what, (value, known) in run.check_load_generator(run.QUICK).items():
-        assert value >= known / 2, what
-
-
-@pytest.mark.parametrize(("name", "wrong"), [("LATE", 60.0), ("BURN", 1.0), ("HELD", 1 << 30)])
-def test_a_load_generator_that_sees_too_little_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, name: str, wrong: float
-) -> None:
-    # The server, which has the right figures on its command line, does less than is expected.
-    monkeypatch.setattr(run, name, wrong)
+def test_a_load_generator_that_sees_too_little_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The server, which has the right figure on its command line, does less than is expected.
+    monkeypatch.setattr(run, "LATE", 60.0)
     with pytest.raises(SystemExit, match="The load generator saw"):
         run.check_load_generator(run.QUICK)
 
@@ -97,23 +88,21 @@ def test_one_reader_notices_a_missing_event() -> None:
         load.read_one(server, "/sse", 5)
 
 
-# All of the benchmark, but of two servers, and with readers of one; test_all_servers… has the rest.
+# All of the benchmark, but of one server; test_all_servers… has the others.
 SHORT = """
 import sys
 sys.path.append("bench")
 import run
-run.CANDIDATES = [each for each in run.CANDIDATES if each.name in {names}]
+run.CANDIDATES = run.CANDIDATES[:1]
 run.SOURCES = run.SOURCES[-1:]
 run.main()
 """
-MEASURED = ("main.py /sse", "Node http")
 
 
 @pytest.mark.timeout(LIMIT * 11)
 def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
-    need("node", "nodejs")
-    program = SHORT.format(names=MEASURED)
-    command = [sys.executable, "-c", program, "--quick", "--out", str(tmp_path)]
+    """It ends at once if the load generator does not find the faults of a server that has them."""
+    command = [sys.executable, "-c", SHORT, "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT * 10)
     assert done.returncode == 0, done.stderr
 
@@ -122,23 +111,22 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
         if line.startswith("| "):
             name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             rows[name] = cells
-    for name in MEASURED:
-        assert len(rows[name]) == 8
-        for cell in rows[name]:
-            assert re.fullmatch(r"-?[0-9,.]+%?( \\\*)?", cell), rows[name]
+    ours = run.CANDIDATES[0].name
+    assert len(rows[ours]) == 8
+    for cell in rows[ours]:
+        assert re.fullmatch(r"-?[0-9,.]+%?( \\\*)?", cell), rows[ours]
     for reader in readers.READERS:
         assert all(int(cell.replace(",", "")) > 0 for cell in rows[reader])
-    for name in ("fastapi", "uvicorn", "uvloop", "sse-starlette", "aiohttp-sse", "Node", "Python"):
+    for name in ("fastapi", "uvicorn", "uvloop", "sse-starlette", "aiohttp-sse", "Python"):
         assert re.search(rf"\b{name} [0-9.]+", done.stdout)
 
     results = json.loads((tmp_path / "results.json").read_text())
-    for name in MEASURED:
-        (window,) = results["steady"][name]
-        assert 0 < window["streams"] <= run.QUICK.streams
-        assert window["lost"] == window["broken"] == 0
-        assert window["events"] > 0
-        assert window["late"] == sorted(window["late"])
-        assert window["cpu"] > 0
+    (window,) = results["steady"][ours]
+    assert 0 < window["streams"] <= run.QUICK.streams
+    assert window["lost"] == window["broken"] == 0
+    assert window["events"] > 0
+    assert window["late"] == sorted(window["late"])
+    assert window["cpu"] > 0
     assert (tmp_path / "results.md").read_text() == done.stdout.removesuffix("\n")
     picture = (tmp_path / "plot.svg").read_text()
     assert picture.startswith("<?xml")

@@ -225,6 +225,7 @@ DAMAGED: dict[str, tuple[Answer | bytes, str]] = {
 }
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("case", DAMAGED)
 @both_line_readers
 def test_a_damaged_answer_is_tried_again_until_it_gives_up(
@@ -232,12 +233,12 @@ def test_a_damaged_answer_is_tried_again_until_it_gives_up(
 ) -> None:
     answer, reason = DAMAGED[case]
     with wrong_server(answer) as server:
-        printed = main(client, server.url, FIRST_DELAY=0.02, GIVE_UP_AFTER=0.2)
-        assert len(server.connections) > 1
+        printed = main(client, server.url)
+        assert len(server.connections) > 9
     assert (printed.status, printed.out) == (1, [])
     warning, sentence = printed.err
     assert warning.startswith("The stream broke off at the start (")
-    start = f"Gave up at the start: {re.escape(server.url)} sent no new event for 0 seconds, "
+    start = f"Gave up at the start: {re.escape(server.url)} sent no new event for 30 seconds, "
     assert re.match(rf"{start}most recently because .*({reason})", sentence)
 
 
@@ -316,9 +317,9 @@ CUTS: dict[str, bytes | Answer] = {
 @both_line_readers
 def test_cut_in_a_line_and_in_a_character_it_resumes(client: str, cut: str, main: Main) -> None:
     with wrong_server(in_turn(CUTS[cut], go_on)) as server:
-        printed = main(client, server.url, STALL_TIMEOUT=1.0)
+        printed = main(client, server.url, STALL_TIMEOUT=2.0)
         assert "last-event-id" not in server.connections[0].headers
-        assert [c.headers["last-event-id"] for c in server.connections[1:]] == ["2"]
+        assert {c.headers["last-event-id"] for c in server.connections[1:]} == {"2"}
     assert (printed.status, printed.ids) == (0, ALL)
     warning, summary = printed.err
     assert warning.startswith("The stream broke off after event 2 (")
@@ -338,10 +339,10 @@ def test_try_again_later_is_tried_again(client: str, main: Main) -> None:
         go_on,
     )
     with wrong_server(answers) as server:
-        printed = main(client, server.url, FIRST_DELAY=0.01, STALL_TIMEOUT=1.0)
+        printed = main(client, server.url, FIRST_DELAY=0.01, STALL_TIMEOUT=2.0)
         seen = [connection.headers.get("last-event-id") for connection in server.connections]
         assert server.connections[3].closed
-    assert seen == [None, None, "2", "2", "2"]
+    assert seen[:5] == [None, None, "2", "2", "2"]
     assert (printed.status, printed.ids) == (0, ALL)
     assert len(printed.err) == 3  # a warning each time that it broke off, not for each attempt
 
@@ -443,11 +444,14 @@ def test_without_a_new_event_it_gives_up(client: str, case: str) -> None:
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_answer_is_a_traceback(client: str, data: st.DataObject) -> None:
-    """Whatever bytes come, the events are the first ones in order, or one sentence says why."""
+    """Whatever bytes come, the events are the first ones in order, or one sentence says why.
+
+    One of the bytes is in no event: what is damaged must not be the last event by chance.
+    """
     whole = data.draw(st.sampled_from([WHOLE, CHUNKED + chunk(event(0)) + chunk(events(1, 10))]))
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, min(start + 20, len(whole))))
-    answer = whole[:start] + data.draw(st.binary(max_size=20)) + whole[stop:]
+    answer = whole[:start] + data.draw(st.binary(max_size=20)) + b"\xff" + whole[stop:]
     module = load(
         client, FIRST_DELAY=0.01, STALL_TIMEOUT=0.1, GIVE_UP_AFTER=0.1, CONNECT_TIMEOUT=0.1
     )

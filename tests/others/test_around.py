@@ -1,7 +1,6 @@
 """Other people's middlewares around main.py's streams, and protocols behind its `EndStreams`."""
 
 import asyncio
-import re
 
 import brotli
 import pytest
@@ -35,12 +34,9 @@ def test_what_looks_at_the_scope_afterwards(start: Start) -> None:
         ["/text", "text", {}, None],
     ]
     for route in (*FORMATS, "/of/{user}"):
-        labels = rf'app_name="starlette",method="GET",path="{re.escape(route)}",status_code="200"'
-        assert re.search(rf"starlette_requests_total\{{{labels}\}} 1\.0", counts), counts
-        spans = [attributes for name, attributes in told["spans"] if name == f"GET {route}"]
-        assert [attributes["http.route"] for attributes in spans] == [route]
-    routes = {point.get("http.route", point.get("http.target")) for point in told["metrics"]}
-    assert routes >= {*FORMATS, "/of/{user}"}
+        labels = f'app_name="starlette",method="GET",path="{route}",status_code="200"'
+        assert f"starlette_requests_total{{{labels}}} 1.0" in counts
+        assert told["spans"].count(f"GET {route}") == 1
     assert_no_error(server)
 
 

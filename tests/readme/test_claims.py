@@ -101,9 +101,9 @@ def test_two_lines_in_the_console_of_the_page_read_the_stream(
 ) -> None:
     browser.open(shared_server.url)
     browser.run("window.seen = []; console.log = (event) => seen.push(event.event_id)")
-    end = '"GET /sse HTTP/1.1" 204'
+    end = '"GET /sse?interval=0.1 HTTP/1.1" 204'
     before = shared_server.log.count(end)
-    browser.run(README.only("run: in a browser"))
+    browser.run(README.only("run: in a browser").replace("'/sse'", "'/sse?interval=0.1'"))
     wait_for(lambda: browser.run("return seen.length") == 10, "ten events")
     assert browser.run("return seen") == list(range(10))
     # It stops by itself, at the 204.

@@ -1,21 +1,19 @@
 """The README tells no tales: its commands are run, its outputs and its excerpts compared.
 
 Each fenced block has a comment in front of it that says what is done with it here. The server is
-the one that the README starts, on its port 8000.
+the one that the README starts, on its port 8000, but quicker where ten seconds are shown.
 """
 
 import re
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import main
-from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, UVICORN, Process, Start, wait_for
+from tests.support.processes import ENVIRONMENT, ROOT, UVICORN, Process, Start, wait_for
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import (
     PORT,
@@ -24,6 +22,7 @@ from tests.support.readme import (
     Terminal,
     check_commands,
     check_excerpt,
+    check_program,
     commands,
     copy_section,
     shows,
@@ -34,14 +33,11 @@ README = Readme("README.md")
 pytestmark = pytest.mark.xdist_group("port 8000")
 
 
-@pytest.fixture
-def readme_server(tmp_path: Path) -> Iterator[Process]:
+def start_on_port_8000(start: Start, app: str) -> Process:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", PORT)) == 0:
             pytest.fail(f"port {PORT} is taken: stop what listens there, the README needs it")
-    process = Process([sys.executable, "-m", "uvicorn", "main:app"], tmp_path / "server.log", PORT)
-    yield process
-    process.kill()
+    return start(sys.executable, "-m", "uvicorn", app, port=PORT)
 
 
 def test_every_block_says_how_it_is_checked() -> None:
@@ -49,31 +45,26 @@ def test_every_block_says_how_it_is_checked() -> None:
     assert [block for block in README.blocks if not re.fullmatch(known, block.mark)] == []
 
 
-@pytest.mark.parametrize("block", README.marked("run"))
-def test_a_command_prints_what_the_readme_shows(readme_server: Process, block: str) -> None:
-    check_commands(block)
+def test_commands_and_programs_print_what_the_readme_shows(start: Start) -> None:
+    start_on_port_8000(start, "tests.support.quick:app")
+    for block in README.marked("run"):
+        check_commands(block)
+    program = README.only("run: a program")
+    check_program(program, "".join(f"Step {i} of 10: ☕\n" for i in range(1, 11)), PORT)
 
 
-def test_the_plug_is_pulled(readme_server: Process) -> None:
+def test_the_plug_is_pulled(start: Start) -> None:
     block = README.only("run, with kill -9 of the server after the third event, and a new one")
     ((command, shown),) = commands(block)
+    server = start_on_port_8000(start, "main:app")
     terminal = Terminal(command)
     wait_for(lambda: '"event_id": 2' in terminal.screen, "the third event")
-    readme_server.kill()
+    server.kill()
     wait_for(lambda: "resuming" in terminal.screen, "the client to notice")
-    readme_server.start()
+    start_on_port_8000(start, "tests.support.quick:app")
     screen = terminal.wait()
     assert shows(shown, screen), screen
     assert [int(i) for i in re.findall(r'"event_id": (\d+)', screen)] == list(range(10))
-
-
-@pytest.mark.parametrize("block", README.marked("run: a program"))
-def test_a_program_reads_the_stream_like_a_collection(readme_server: Process, block: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
-    )
-    assert result.stdout == "".join(f"Step {i} of 10: ☕\n" for i in range(1, 11))
-    assert result.stderr == ""
 
 
 def test_the_lines_that_everybody_writes(tmp_path: Path, start: Start) -> None:
