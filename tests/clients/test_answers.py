@@ -152,7 +152,13 @@ def test_a_line_without_end_is_told(client: str, main: Main) -> None:
 
 # Read, all ten events of them ---------------------------------------------------------------------
 
+LONG = event(0, data="☕" * 350_000)  # a line of 1 MB
 READABLE = {
+    "a long line at once": CHUNKED + chunk(LONG + events(1, 10)) + END,
+    "a long line in small chunks": CHUNKED
+    + b"".join(chunk(LONG[i : i + 100]) for i in range(0, len(LONG), 100))
+    + chunk(events(1, 10))
+    + END,
     "100": b"HTTP/1.1 100 Continue\r\n\r\n" + WHOLE,
     "headers of 60 KB": STREAM
     + b"X: %s\r\nTransfer-Encoding: chunked\r\n\r\n" % (b"y" * 60_000)
@@ -185,19 +191,6 @@ def test_early_hints_come_first(client: str, main: Main) -> None:
         assert printed.status == 1
         assert "answered 103 Early Hints" in printed.err[-1]
         assert "interim" in printed.err[-1]
-
-
-@pytest.mark.parametrize("size", [100, 10_000_000])
-@both_line_readers
-def test_a_long_line_is_read_whole(client: str, size: int) -> None:
-    """A line of 1 MB, in pieces of this size."""
-    data = "☕" * 350_000
-    line = event(0, 1, data)
-    pieces = [chunk(line[i : i + size]) for i in range(0, len(line), size)]
-    found: list[dict[str, object]] = []
-    with wrong_server(CHUNKED + b"".join(pieces)) as server:
-        for_each(load(client), server.url, found.append)
-    assert found == [{"event_id": 0, "data": data, "is_last_event": True}]
 
 
 # Tried again --------------------------------------------------------------------------------------

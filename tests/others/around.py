@@ -21,13 +21,12 @@ from starlette.middleware import Middleware
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from starlette_exporter import PrometheusMiddleware, handle_metrics
 
 import main
 
 
 def observed() -> ASGIApp:
-    """Metrics, traces, and a middleware that reads what the app has put into the scope."""
+    """Traces, and a middleware that reads what the app has put into the scope."""
     app = main.app
     seen: list[Any] = []
     spans, traces = InMemorySpanExporter(), TracerProvider()
@@ -50,8 +49,6 @@ def observed() -> ASGIApp:
     async def tell() -> Any:
         return {"seen": seen, "spans": [span.name for span in spans.get_finished_spans()]}
 
-    app.add_middleware(PrometheusMiddleware)
-    app.add_api_route("/metrics", handle_metrics)
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=traces,

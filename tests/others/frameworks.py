@@ -70,31 +70,6 @@ def falcon_sse() -> Any:
     return EndStreams(app)
 
 
-def blacksheep() -> Any:
-    from blacksheep import Application, Request, Response, StreamedContent
-    from blacksheep.server.sse import ServerSentEvent, ServerSentEventsResponse
-
-    app = Application()
-
-    @app.router.get("/{seconds}")
-    async def feed(seconds: float) -> Response:
-        async def events() -> AsyncGenerator[ServerSentEvent]:
-            async for text in texts("GET", seconds):
-                yield ServerSentEvent(text)
-
-        return ServerSentEventsResponse(events)
-
-    @app.router.post("/{seconds}")
-    async def answer(request: Request, seconds: float) -> Response:
-        async def words() -> AsyncGenerator[bytes]:
-            async for frame in frames("POST", seconds):
-                yield frame
-
-        return Response(200, content=StreamedContent(b"text/event-stream", words))
-
-    return EndStreams(app)
-
-
 def quart() -> Any:
     import quart
 
@@ -123,19 +98,3 @@ def litestar() -> Any:
         return ServerSentEvent(texts("POST", seconds))
 
     return EndStreams(litestar.Litestar([feed, answer]))
-
-
-def channels() -> Any:
-    from channels.generic.http import AsyncHttpConsumer
-    from django.conf import settings
-
-    class Consumer(AsyncHttpConsumer):  # type: ignore[misc]
-        async def handle(self, body: bytes) -> None:
-            seconds = float(self.scope["path"].strip("/"))
-            await self.send_headers(headers={b"CONTENT-TYPE": b"text/event-stream"})
-            async for frame in frames(self.scope["method"], seconds):
-                await self.send_body(frame, more_body=True)
-            await self.send_body(b"")
-
-    settings.configure()
-    return EndStreams(Consumer.as_asgi())

@@ -14,7 +14,7 @@ from tests.support.stopping import assert_no_error, terminate
 
 
 def test_what_looks_at_the_scope_afterwards(start: Start) -> None:
-    """starlette-exporter and OpenTelemetry know the route; so does a middleware's `call_next`."""
+    """OpenTelemetry knows the route; so does a middleware after its `call_next`."""
     server = start_app(start, "tests.others.around:observed", "--factory")
     readers = [RawReader(server.port, f"{path}?steps=3&interval=0.5") for path in FORMATS]
     readers.append(RawReader(server.port, "/of/ada"))
@@ -25,17 +25,14 @@ def test_what_looks_at_the_scope_afterwards(start: Start) -> None:
     for reader in readers[:3]:
         assert reader.arrivals[-1] - reader.arrivals[0] > 0.4
 
-    counts = requests.get(f"{server.url}/metrics", timeout=LIMIT).text
     told = requests.get(f"{server.url}/seen", timeout=LIMIT).json()
-    assert sorted(told["seen"])[1:] == [
+    assert sorted(told["seen"]) == [
         ["/ndjson", "ndjson", {}, None],
         ["/of/{user}", "of_user", {"user": "ada"}, "ada"],
         ["/sse", "sse", {}, None],
         ["/text", "text", {}, None],
     ]
     for route in (*FORMATS, "/of/{user}"):
-        labels = f'app_name="starlette",method="GET",path="{route}",status_code="200"'
-        assert f"starlette_requests_total{{{labels}}} 1.0" in counts
         assert told["spans"].count(f"GET {route}") == 1
     assert_no_error(server)
 

@@ -19,10 +19,8 @@ WORDS = [f"word{number}" for number in range(20)]
     [
         ("django", ["/0.1", "/600.0"]),
         ("falcon_sse", ["/0.1", "/600.0", "/stream/0.1", "/stream/600.0"]),
-        ("blacksheep", ["/0.1", "/600.0"]),
         ("quart", ["/0.1", "/600.0"]),
         ("litestar", ["/0.1", "/600.0"]),
-        ("channels", ["/0.1", "/600.0"]),
     ],
 )
 def test_feeds_end_and_answers_are_finished(

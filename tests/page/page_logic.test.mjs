@@ -178,13 +178,6 @@ test("nothing is early: an event that came sooner shows that those before it wer
   assert.deepEqual(late(), [250, 0, 250]);
 });
 
-test("without an interval nothing is due", () => {
-  const { lane, take } = laneAt({ interval: 0 });
-  lane.opened();
-  take(0, 0.5);
-  assert.equal(lane.late(lane.latest), null);
-});
-
 test("lateness is told in words, and only where a person could see it", () => {
   assert.deepEqual([0, 0.045, 0.0999, 0.1, 9, null].map(lateness), [
     "on time",

@@ -35,11 +35,6 @@ def test_a_uuid_that_was_shown_goes_on_in_the_commands_that_follow() -> None:
         check_commands(f"$ {new}\n{UUID}\n{UUID}\n$ echo {OTHER}\n{UUID}\n")
 
 
-def test_ctrl_c_is_pressed_when_all_above_it_is_shown() -> None:
-    forever = "$ for i in 1 2; do echo $i; sleep 0.2; done; exec sleep 1000\n"
-    check_commands(forever + "1\n2\n^C\n$ echo next\nnext\n")
-
-
 def test_a_program_that_complains_or_prints_something_else_is_wrong() -> None:
     check_program("print('localhost:8000')", "localhost:8000\n", 8001)
     with pytest.raises(AssertionError):
