@@ -5,17 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 from zlib import crc32
 
 import psutil
 import pytest
 import requests
 
+from recipes import tail
+from tests.support.event_sources import Event, EventSource, EventSources, event_sources
 from tests.support.processes import (
     ENVIRONMENT,
     LIMIT,
@@ -26,82 +26,29 @@ from tests.support.processes import (
     starting,
     wait_for,
 )
-from tests.support.raw_reader import RawReader, read_until
-from tests.support.recipes import start_app, start_recipe
+from tests.support.recipes import start_app
 
-ROTATED = "rotated"
-
-
-class Event(NamedTuple):
-    """What a reader makes of it; a comment is an event here, too."""
-
-    type: str
-    data: str
-    id: str | None
-
-
-def parse(body: bytes) -> list[Event]:
-    """The complete events of a body, and `Event("comment", …)` for the comments."""
-    events = []
-    complete, _, _ = body.rpartition(b"\n\n")  # the rest may end in the middle of a character
-    for frame in complete.decode().split("\n\n"):
-        assert "\r" not in frame
-        fields = dict(line.split(": ", 1) for line in frame.split("\n"))
-        assert len(fields) == frame.count("\n") + 1, frame  # this recipe has no field twice
-        if "" in fields:
-            events.append(Event("comment", fields[""], None))
-        elif "data" in fields:
-            events.append(Event(fields.get("event", "message"), fields["data"], fields["id"]))
-    return events
-
-
-class Reader:
-    """Reads `/log` in a thread of its own, until it is closed or the server ends the body."""
-
-    def __init__(self, server: Process, query: str = "?lines=0", last_event_id: str = "") -> None:
-        self.raw = RawReader(server.port, f"/log{query}", f"Last-Event-ID: {last_event_id}\r\n")
-        self.leaving = False
-        self.thread = threading.Thread(target=self.read)
-        self.thread.start()
-        # By then it is known where this reader begins.
-        wait_for(lambda: self.raw.body, "the first bytes of the stream")
-
-    def read(self) -> None:
-        read_until([self.raw], lambda: self.leaving or self.raw.ended_at, limit=LIMIT * 3)
-
-    @property
-    def events(self) -> list[Event]:
-        return parse(bytes(self.raw.body))
-
-    @property
-    def lines(self) -> list[str]:
-        return [event.data for event in self.events if event.type == "message"]
-
-    def wait_for(self, *data: str) -> list[Event]:
-        """Wait until the last events have this data; return all events."""
-        what = f"the lines {str(data)[:200]}"
-        wait_for(lambda: [event.data for event in self.events][-len(data) :] == [*data], what)
-        return self.events
-
-    def wait_for_lines(self, count: int) -> None:
-        wait_for(lambda: len(self.lines) > count, f"more than {count} lines")
-
-    def close(self) -> None:
-        self.leaving = True
-        self.thread.join(LIMIT)
-        self.raw.close()
+pytestmark = pytest.mark.xdist_group("tail")  # in one worker, because they share a server
+Read = Callable[..., EventSource]
 
 
 def clear(folder: Path) -> None:
     shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
 
 
+def serve(start: Start, folder: Path, keep_alive: float) -> Process:
+    environment = {"LOG": f"{folder}/logs/app.log", "FAULT": f"{folder}/fault"}
+    return start_app(
+        start, "tests.support.broken_tail:app", KEEP_ALIVE=str(keep_alive), **environment
+    )
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    directory = tmp_path_factory.mktemp("tail")
-    with starting(directory) as start:
-        log = directory / "logs" / "app.log"
-        yield start_recipe(start, "recipes.tail", directory, LOG=str(log))
+    """One server for all tests. Nobody who waits in it for a line looks by himself."""
+    folder = tmp_path_factory.mktemp("tail")
+    with starting(folder) as start:
+        yield serve(start, folder, 10_000)
 
 
 @pytest.fixture
@@ -114,36 +61,50 @@ def log(shared: Process) -> Path:
 
 
 @pytest.fixture
-def server(shared: Process, log: Path) -> Process:
-    """One server for all tests here. One that was stopped is started again."""
-    if shared.popen.poll() is not None:
-        shared.start()
-    return shared
+def server(shared: Process, log: Path) -> Iterator[Process]:
+    os.truncate(shared.log_file, 0)
+    yield shared
+    assert "Traceback" not in shared.log
+    assert "ERROR" not in shared.log
 
 
 @pytest.fixture
-def read(server: Process) -> Iterator[Callable[..., Reader]]:
-    readers = []
-
-    def read(query: str = "?lines=0", last_event_id: str = "") -> Reader:
-        readers.append(Reader(server, query, last_event_id))
-        return readers[-1]
-
-    yield read
-    for reader in readers:
-        reader.close()
+def sources() -> Iterator[EventSources]:
+    with event_sources() as sources:
+        yield sources
 
 
-Read = Callable[..., Reader]
+@pytest.fixture
+def read(server: Process, sources: EventSources) -> Read:
+    """`read(query, id)` opens a reader. When it returns, it is known where this reader begins."""
+
+    def read(query: str = "?lines=0", last_event_id: str = "", size: int = 0) -> EventSource:
+        (reader,) = sources.open(
+            server.port, path=f"/log{query}", last_event_id=last_event_id, receive_buffer=size
+        )
+        wait_for(lambda: reader.retry, "the stream to begin")
+        return reader
+
+    return read
+
+
+def wait_for_data(reader: EventSource, *data: str) -> None:
+    """Wait until the last events have this data."""
+    what = f"the lines {str(data)[:200]}"
+    wait_for(lambda: [event.data for event in reader.events][-len(data) :] == [*data], what)
+
+
+def wait_for_lines(reader: EventSource, count: int) -> None:
+    wait_for(lambda: len(reader.data) >= count, f"{count} lines")
+
+
+def rotations(reader: EventSource) -> int:
+    return sum(event.name == "rotated" for event in reader.events)
 
 
 def append(log: Path, text: str | bytes) -> None:
     with log.open("ab") as file:
         file.write(text.encode() if isinstance(text, str) else text)
-
-
-def numbered(first: int, stop: int) -> str:
-    return "".join(f"line {i}\n" for i in range(first, stop))
 
 
 def id_at(content: bytes, offset: int) -> str:
@@ -156,51 +117,46 @@ def id_at(content: bytes, offset: int) -> str:
 
 def test_the_last_lines_then_each_new_one(log: Path, read: Read) -> None:
     """A line that has not ended yet is none of the last ones."""
-    append(log, numbered(0, 20_000) + "sent ")
+    append(log, "".join(f"line {i}\n" for i in range(20_000)) + "sent ")
     readers = {lines: read(f"?lines={lines}") for lines in (0, 3, 1000)} | {10: read("")}
     append(log, "when it ends\n")
     content = log.read_bytes()
     for lines, reader in readers.items():
-        for event in reader.wait_for("sent when it ends"):
-            offset = int(str(event.id).partition("-")[0])
+        wait_for_data(reader, "sent when it ends")
+        assert reader.data[:-1] == [f"line {i}" for i in range(20_000 - lines, 20_000)]
+        for event in reader.events:
+            offset = int(event.id.partition("-")[0])
             assert event.id == id_at(content, offset)
             assert content[:offset].endswith(f"{event.data}\n".encode())
-        assert reader.lines[:-1] == [f"line {i}" for i in range(20_000 - lines, 20_000)]
-    append(log.with_name("new"), "one\ntwo\nthr")
-    log.with_name("new").rename(log)  # with fewer lines than somebody asks for
-    wait_for(lambda: readers[0].lines[-1] == "two", "the new file")
-    read("?lines=1000").wait_for("one", "two")
 
 
-def test_bad_input(server: Process, log: Path) -> None:
-    append(log, "one\ntwo\n")
-
-    def status(query: str, last_event_id: str) -> int:
-        headers = {"Last-Event-ID": last_event_id}
-        url = f"{server.url}/log{query}"
-        with requests.get(url, headers=headers, stream=True, timeout=LIMIT) as response:
-            return response.status_code
+def test_bad_input(server: Process) -> None:
+    def status(lines: str, last_event_id: str) -> int:
+        url, headers = f"{server.url}/log?lines={lines}", {"Last-Event-ID": last_event_id}
+        return requests.get(url, headers=headers, timeout=LIMIT).status_code
 
     for lines in ("-1", "1001", "", "1e1", "9" * 5000):
-        assert status(f"?lines={lines}", "") == 422, lines
+        assert status(lines, "") == 422, lines
     for event_id in ("-1", "x", "1", "8-x", "8-ABCDEF01", "+8-00000000", "9" * 20 + "-00000000"):
-        assert status("", event_id) == 422, event_id
+        assert status("1", event_id) == 422, event_id
 
 
 def test_an_id_says_where_to_go_on_if_it_is_of_this_file(log: Path, read: Read) -> None:
     content = b"one\ntwo\n"
     append(log, content)
-    read("", id_at(content, 0)).wait_for("one", "two")
+    wait_for_data(read("", id_at(content, 0)), "one", "two")
     after_one, at_the_end = (read("", id_at(content, offset)) for offset in (4, 8))
     # Beyond the end, in the middle of a line, and of a file with the same lines' ends.
     others = ["9-12345678", "9" * 18 + "-00000000", "12-00000000", "5-12345678"]
     for event_id in (*others, id_at(b"eno\ntwo\n", 8)):
-        events = read("", event_id).wait_for("one", "two")
-        assert [event.type for event in events] == [ROTATED, "message", "message"], event_id
-        assert events[0].id == id_at(b"", 0)
+        reader = read("", event_id)
+        wait_for_data(reader, "one", "two")
+        assert [event.name for event in reader.events] == ["rotated", "message", "message"]
+        assert reader.events[0].id == id_at(b"", 0)
     append(log, "three\n")
-    assert at_the_end.wait_for("three") == [Event("message", "three", id_at(log.read_bytes(), 14))]
-    after_one.wait_for("two", "three")
+    wait_for_data(at_the_end, "three")
+    assert at_the_end.events == [Event(id_at(log.read_bytes(), 14), "three")]
+    wait_for_data(after_one, "two", "three")
     assert len(after_one.events) == 2
 
 
@@ -221,7 +177,7 @@ def test_every_byte_reaches_the_reader(log: Path, read: Read) -> None:
     }
     reader = read()
     append(log, b"".join(line + b"\n" for line in lines))
-    reader.wait_for(*lines.values())
+    wait_for_data(reader, *lines.values())
 
 
 def test_a_line_of_1_mb_and_one_without_end(server: Process, log: Path, read: Read) -> None:
@@ -230,26 +186,28 @@ def test_a_line_of_1_mb_and_one_without_end(server: Process, log: Path, read: Re
     for _ in range(16):  # it is written in pieces, as a log is whose writer has a buffer
         append(log, "x" * (mb // 16 - 1))
     append(log, "\n")
-    reader.wait_for("x" * (mb - 16))
+    wait_for_data(reader, "x" * (mb - 16))
     process = psutil.Process(server.pid)
     before = process.memory_info().rss
     line = "yé☕" * 3_000_000  # characters of one, two and three bytes
     append(log, f"{line}\nafter\n")
-    reader.wait_for("after")
+    wait_for_data(reader, "after")
     assert process.memory_info().rss - before < 10_000_000
-    pieces = reader.lines[1:-1]
+    pieces = reader.data[1:-1]
     assert "".join(pieces) == line
     assert max(map(len, pieces)) < 1.1 * mb
     # After a lost connection it goes on in the middle of the line, perhaps in other pieces.
-    again = read("", [str(event.id) for event in reader.events if event.id][-4])
-    again.wait_for("after")
-    assert "".join(again.lines[:-1]) == "".join(pieces[-2:])
+    again = read("", reader.events[-4].id)
+    wait_for_data(again, "after")
+    assert "".join(again.data[:-1]) == "".join(pieces[-2:])
 
 
 # Many lines, many readers -------------------------------------------------------------------------
 
 
-def test_slow_readers_get_all_and_take_neither_memory_nor_files(server: Process, log: Path) -> None:
+def test_slow_readers_get_all_and_take_neither_memory_nor_files(
+    server: Process, log: Path, read: Read, sources: EventSources
+) -> None:
     """Each file is open once, for all readers, until the last of them has read it, or has left."""
     process = psutil.Process(server.pid)
 
@@ -258,26 +216,24 @@ def test_slow_readers_get_all_and_take_neither_memory_nor_files(server: Process,
         return sorted(path for path in paths if path.parent == log.parent)
 
     log.touch()
-    slow, leaving = (RawReader(server.port, "/log?lines=0", receive_buffer=4096) for _ in range(2))
-    assert read_until([slow, leaving], lambda: slow.body and leaving.body)
+    slow, leaving = (read(size=4096) for _ in range(2))
+    for reader in (slow, leaving):
+        sources.pause(reader)
     before, old = process.memory_info().rss, []
     for last in (9_999, 19_999):  # more than what fits on the way to a slow one
         append(log, b"".join(b"%d %s\n" % (i, b"x" * 1000) for i in range(last - 9_999, last + 1)))
-        quick = Reader(server, "?lines=1")  # the others are served
-        quick.wait_for(f"{last} {'x' * 1000}")
-        quick.close()
+        quick = read("?lines=1")  # the others are served
+        wait_for_data(quick, f"{last} {'x' * 1000}")
+        sources.close([quick])
         old.append(log.rename(log.with_suffix(f".{last}")))
     append(log, "20000 is the last\n")
     wait_for(lambda: open_logs() == sorted([*old, log]), "each file to be open once")
     assert process.memory_info().rss - before < 10_000_000
-    leaving.reset()
-    assert read_until([slow], lambda: slow.body.endswith(b"data: 20000 is the last\n\n"))
+    sources.close([leaving])
+    sources.pause(slow, False)
+    wait_for_data(slow, "20000 is the last")
     wait_for(lambda: open_logs() == [log], "the old files to be closed")
-    slow.close()
-    events = parse(bytes(slow.body))
-    numbers = [int(event.data.split()[0]) for event in events if event.type == "message"]
-    assert numbers == list(range(20_001))
-    assert "Traceback" not in server.log
+    assert [int(line.split()[0]) for line in slow.data] == list(range(20_001))
 
 
 # Rotation -----------------------------------------------------------------------------------------
@@ -310,22 +266,22 @@ def test_a_change_is_noticed_whatever_was_read_before(
     append(log, "".join(f"old line {i:02}\n" for i in range(50)))
     content = log.read_bytes()
     readers = [read("?lines=0"), read("?lines=10"), read("", id_at(content, len(content)))]
-    readers[1].wait_for_lines(9)
+    wait_for_lines(readers[1], 10)
     new = [f"new line {i:02}" for i in range(written + 1)]
     sh(change, log)
     append(log, "".join(f"{line}\n" for line in new[:written]))
     append(log, f"{new[written]}\n")
     for reader in readers:
-        events = reader.wait_for(new[-1])
-        types = [event.type for event in events if not event.data.startswith("old")]
-        assert types[0] == ROTATED
-        assert [line for line in reader.lines if line.startswith("new")] == new
+        wait_for_data(reader, new[-1])
+        names = [event.name for event in reader.events if not event.data.startswith("old")]
+        assert names[0] == "rotated"
+        assert [line for line in reader.data if line.startswith("new")] == new
 
 
 def test_what_is_written_to_a_renamed_log_comes_first(log: Path, read: Read) -> None:
     append(log, "one\n")
     reader = read("")
-    reader.wait_for("one")
+    wait_for_data(reader, "one")
     old = log.rename(log.with_suffix(".1"))
     log.touch()
     read()  # the server has seen the new file
@@ -334,14 +290,14 @@ def test_what_is_written_to_a_renamed_log_comes_first(log: Path, read: Read) -> 
     os.truncate(old, 3_000_000)  # a hole
     append(old, "no end")
     append(log, "three\n")
-    events = reader.wait_for("three")
+    wait_for_data(reader, "three")
     content = old.read_bytes()
-    assert [(event.type, event.id) for event in events] == [
+    assert [(event.name, event.id) for event in reader.events] == [
         *[("message", id_at(content, offset)) for offset in (4, 8, 3_000_006)],
-        (ROTATED, id_at(b"", 0)),
+        ("rotated", id_at(b"", 0)),
         ("message", id_at(b"three\n", 6)),
     ]
-    assert reader.lines == ["one", "two", "no end", "three"]
+    assert reader.data == ["one", "two", "no end", "three"]
 
 
 @pytest.mark.parametrize("size", [100, 5_000, 2**20 - 1, 3_000_000])
@@ -355,46 +311,17 @@ def test_a_hole_is_left_out(log: Path, read: Read, size: int) -> None:
             writer.write(b"%d half " % count)
             writer.write(b"and half\nnext\n")
             for reader in before:
-                reader.wait_for(f"{count} half and half", "next")
-                assert sum(event.type == ROTATED for event in reader.events) == count
-                assert b"\0" not in reader.raw.body
-        after = [
-            read("?lines=1000"),
-            read("?lines=2"),
-            read("", id_at(log.read_bytes(), log.stat().st_size - 5)),
-        ]
+                wait_for_data(reader, f"{count} half and half", "next")
+                assert rotations(reader) == count
+        content = log.read_bytes()
+        after = [read("?lines=1000"), read("?lines=2"), read("", id_at(content, len(content) - 5))]
         writer.write(b"last\n")
-    for reader in after:
-        events = reader.wait_for("last")
-        assert b"\0" not in reader.raw.body
-        assert not any(event.type == ROTATED for event in events[:2])
-    assert after[0].lines == after[1].lines == ["2 half and half", "next", "last"]
-
-
-@pytest.mark.parametrize("how", ["create", "copytruncate"])
-def test_logrotate(log: Path, read: Read, tmp_path: Path, how: str) -> None:
-    """A real writer, rotated three times by the real program while it writes."""
-    config = tmp_path / "logrotate.conf"
-    command = [need("logrotate", "logrotate"), "-f", "-s", str(tmp_path / "state"), str(config)]
-    with writing(log) as pid:
-        after = f"postrotate\nkill -HUP {pid}\nendscript" if how == "create" else ""
-        config.write_text(f"{log} {{\nrotate 9\ncompress\n{how}\n{after}\n}}\n")
-        wait_for(log.exists, "the log")
-        reader = read("?lines=1000")
-        for count in range(1, 4):
-            reader.wait_for_lines(100 * count)
-            subprocess.run(command, check=True, timeout=LIMIT)
-            wait_for(
-                lambda: [event.type for event in reader.events].count(ROTATED) == count,  # noqa: B023
-                "the rotation to be told",
-            )
-        reader.wait_for_lines(len(reader.lines) + 1)
-    numbers = [int(line) for line in reader.lines]
-    if how == "create":
-        assert numbers == list(range(len(numbers)))
-    else:
-        # Lines that nobody had read yet when the file was truncated are in the copy alone.
-        assert numbers == sorted(set(numbers))
+    new = ["2 half and half", "next", "last"]
+    for reader, lines in zip(after, (new, new, new[1:]), strict=True):
+        wait_for_data(reader, *lines)
+        assert (reader.data, rotations(reader)) == (lines, 0)
+    wait_for_data(before[0], "last")
+    assert before[0].data == ["1 half and half", "next", *new]
 
 
 WRITER = """
@@ -421,6 +348,28 @@ def writing(log: Path) -> Iterator[int]:
         writer.wait()
 
 
+@pytest.mark.parametrize("how", ["create", "copytruncate"])
+def test_logrotate(log: Path, read: Read, tmp_path: Path, how: str) -> None:
+    """A real writer, rotated three times by the real program while it writes."""
+    config = tmp_path / "logrotate.conf"
+    command = [need("logrotate", "logrotate"), "-f", "-s", str(tmp_path / "state"), str(config)]
+    reader = read()
+    with writing(log) as pid:
+        after = f"postrotate\nkill -HUP {pid}\nendscript" if how == "create" else ""
+        config.write_text(f"{log} {{\nrotate 9\ncompress\n{how}\n{after}\n}}\n")
+        for count in (1, 2, 3):
+            wait_for_lines(reader, 100 * count)
+            subprocess.run(command, check=True, timeout=LIMIT)
+            wait_for(lambda: rotations(reader) == count, "the rotation to be told")  # noqa: B023
+        wait_for_lines(reader, len(reader.data) + 1)
+    numbers = [int(line) for line in reader.data]
+    if how == "create":
+        assert numbers == list(range(len(numbers)))
+    else:
+        # Lines that nobody had read yet when the file was truncated are in the copy alone.
+        assert numbers == sorted(set(numbers))
+
+
 # A log that cannot be read now --------------------------------------------------------------------
 
 
@@ -438,113 +387,87 @@ UNREADABLE = {
 def test_it_is_waited_for(log: Path, server: Process, read: Read, spoil: str) -> None:
     sh(spoil, log)
     readers = [read(""), read("?lines=0")]
-    server.wait_for_log(
-        f"Waiting for LOG: .*({UNREADABLE[spoil]}.*{log}|{log}.*{UNREADABLE[spoil]})"
-    )
+    why = UNREADABLE[spoil]
+    server.wait_for_log(f"Waiting for LOG: .*({why}.*{log}|{log}.*{why})")
     for line in ("one", "two"):
         clear(log.parent)
         log.parent.mkdir()
         append(log, f"{line}\n")
         for reader in readers:
-            reader.wait_for(line)
+            wait_for_data(reader, line)
         log.unlink()
         sh(spoil, log)
     for reader in readers:
-        assert reader.lines == ["one", "two"]
-    assert "Traceback" not in server.log
+        assert reader.data == ["one", "two"]
 
 
-def test_the_watch_survives_every_exception(start: Start, tmp_path: Path) -> None:
+def test_the_watch_survives_every_exception(log: Path, server: Process, read: Read) -> None:
     """Whatever is thrown into what it calls: it is logged in one line, and all goes on."""
-    log, fault = tmp_path / "app.log", tmp_path / "fault"
-    app = "tests.support.broken_tail:app"
-    server = start_app(start, app, LOG=str(log), FAULT=str(fault))
-    append(log, "one\n")
-    reader = Reader(server, "")
-    try:
-        reader.wait_for("one")
-        for kind in ("PermissionError", "RuntimeError", "MemoryError"):
-            fault.write_text(kind)
-            wait_for(lambda: f"{kind}" in server.log, "the fault in the log")  # noqa: B023
-            append(log, f"{kind}\n")
-            fault.unlink()
-            reader.wait_for(kind)
-        assert reader.lines == ["one", "PermissionError", "RuntimeError", "MemoryError"]
-        assert "Traceback" not in server.log
-    finally:
-        reader.close()
+    fault = Path(server.options["env"]["FAULT"])
+    kinds = ("PermissionError", "RuntimeError", "MemoryError")
+    log.touch()
+    reader = read()
+    for kind in kinds:
+        fault.write_text(kind)
+        server.wait_for_log(kind)
+        append(log, f"{kind}\n")
+        fault.unlink()
+        wait_for_data(reader, kind)
+    assert reader.data == [*kinds]
 
 
 # Servers and readers that go away -----------------------------------------------------------------
 
 
-def test_nothing_is_lost_or_repeated_over_kill_9(server: Process, log: Path) -> None:
-    events: list[Event] = []
-    with writing(log):
-        for _ in range(3):
-            reader = Reader(server, "?lines=1000", (events[-1].id or "") if events else "")
-            reader.wait_for_lines(100)
-            server.kill()
-            wait_for(lambda: reader.raw.ended_at, "the end of the stream")  # noqa: B023
-            reader.close()
-            events += reader.events
-            server.start()
-    assert [event.data for event in events] == [str(number) for number in range(len(events))]
-
-
-def test_a_reader_hears_in_the_silence_that_the_stream_is_alive(log: Path, read: Read) -> None:
-    """Also when something is written all the time, but no line ends (a progress bar)."""
+def test_nothing_is_lost_or_repeated_over_a_restart(server: Process, log: Path, read: Read) -> None:
+    """A server that is asked to stop ends its streams properly; one that is killed cuts them."""
     reader = read()
-    done = threading.Event()
-
-    def write() -> None:
-        while not done.wait(1):
-            append(log, "#")
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        assert reader.wait_for("keep-alive") == [Event("comment", "keep-alive", None)]
-    finally:
-        done.set()
-        thread.join()
+    with writing(log):
+        for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            wait_for_lines(reader, len(reader.data) + 100)
+            server.signal(signum)
+            assert server.wait() == -signum
+            server.start()
+        wait_for_lines(reader, len(reader.data) + 100)
+    assert reader.data == [str(number) for number in range(len(reader.data))]
+    assert reader.cut == 2
 
 
-def test_the_server_is_asked_to_stop(server: Process, log: Path, read: Read) -> None:
-    append(log, "one\n")
-    readers = [read("?lines=1") for _ in range(5)]
-    for reader in readers:
-        reader.wait_for("one")
-    server.signal(signal.SIGTERM)
-    assert server.wait() == -signal.SIGTERM
-    for reader in readers:
-        wait_for(lambda: reader.raw.ended_properly, "the end of the stream")  # noqa: B023
-    assert "Traceback" not in server.log
-    assert "ERROR" not in server.log
+def test_a_reader_hears_in_the_silence_that_the_stream_is_alive(
+    start: Start, tmp_path: Path, sources: EventSources
+) -> None:
+    """Also when something is written all the time, but no line ends (a progress bar)."""
+    assert tail.KEEP_ALIVE == 10
+    server, log = serve(start, tmp_path, 1), tmp_path / "logs" / "app.log"
+    (reader,) = sources.open(server.port, path="/log")
+    log.parent.mkdir()
+
+    def is_told() -> bool:
+        append(log, "#")
+        return reader.comments > 0
+
+    wait_for(is_told, "a comment")
+    assert reader.events == []
 
 
 # The recipe's own log -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old", ["", "an old line\n" * 200], ids=["missing", "there"])
-def test_without_a_log_it_writes_its_own(start: Start, tmp_path: Path, old: str) -> None:
+def test_without_a_log_it_writes_its_own(
+    start: Start, tmp_path: Path, sources: EventSources
+) -> None:
     """In a copy of the project, and with an empty LOG, as a compose file sets it."""
     root = tmp_path / "project"
     shutil.copytree(ROOT / "recipes", root / "recipes", ignore=shutil.ignore_patterns("*.log*"))
-    for name in ("main.py", "page"):
-        (root / name).symlink_to(ROOT / name)
+    (root / "main.py").symlink_to(ROOT / "main.py")
     log = root / "recipes" / "tail.log"
-    if old:
-        log.write_text(old)
     command = (sys.executable, "-m", "uvicorn", "recipes.tail:app", "--port", "{port}")
     server = start(*command, env=ENVIRONMENT | {"LOG": ""}, cwd=root)
-    reader = Reader(server, "?lines=0")
-    try:
-        reader.wait_for_lines(2)
-    finally:
-        reader.close()
-    if old:
-        assert log.with_suffix(".log.1").read_text().startswith("an old line\n")
+    (reader,) = sources.open(server.port, path="/log")
+    wait_for_lines(reader, 1)
+    append(log, "an old line\n" * 200)  # it is time for a new file
+    wait_for(lambda: rotations(reader), "a new file")
+    wait_for_lines(reader, 203)
+    assert log.with_suffix(".log.1").read_text().endswith("an old line\n")
     assert "old" not in log.read_text()
     assert "Waiting for LOG" not in server.log
-    assert [event.type for event in reader.events][-2:] == ["message", "message"]

@@ -2,23 +2,20 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import requests
 
-from recipes.common import PAGE_HEADERS
-from tests.support.browsers import EACH, SIZE, Browser, Chromium, leave
+from tests.support.browsers import SIZE, Browser, Chromium
 from tests.support.processes import Process, Start, wait_for
 from tests.support.recipes import start_recipe
 
-in_each_browser = pytest.mark.parametrize("name", EACH)
+in_chromium = pytest.mark.parametrize(
+    "browser", [pytest.param("chromium", marks=pytest.mark.xdist_group("chromium"))], indirect=True
+)
 
 # What Chromium logs by itself of a connection that broke.
 NETWORK = re.compile(r"Failed to load resource: net::ERR_|net::ERR_INCOMPLETE_CHUNKED_ENCODING")
-
-Opened = Callable[[str], Browser]
 
 
 @pytest.fixture
@@ -33,25 +30,9 @@ def server(start: Start, tmp_path: Path, log: Path) -> Process:
     return start_recipe(start, "recipes.tail", tmp_path, LOG=str(log))
 
 
-@pytest.fixture
-def page(browsers: Opened, server: Process) -> Iterator[Opened]:
-    """`page(name)` opens the page in that browser; nothing unexpected is on its console."""
-    opened: list[Browser] = []
-
-    def page(name: str) -> Browser:
-        browser = browsers(name)
-        opened.append(browser)
-        browser.open(server.url)
-        wait_for(lambda: text(browser, "#status") == "Connected.", "the page to connect")
-        return browser
-
-    yield page
-    unexpected = [entry for browser in opened for entry in leave(browser, NETWORK)]
-    assert not unexpected, "\n".join(unexpected)
-
-
-def text(browser: Browser, selector: str) -> str:
-    return str(browser.run("return document.querySelector(arguments[0]).textContent", selector))
+def open_page(browser: Browser, server: Process) -> None:
+    browser.open(server.url)
+    wait_for(lambda: texts(browser, "#status") == ["Connected."], "the page to connect")
 
 
 def texts(browser: Browser, selector: str) -> list[str]:
@@ -60,75 +41,65 @@ def texts(browser: Browser, selector: str) -> list[str]:
     return found
 
 
-def wait_for_lines(browser: Browser, expected: list[str]) -> None:
-    wait_for(lambda: texts(browser, "#log li")[-1:] == expected[-1:], f"{expected[-1]} in the log")
-    assert texts(browser, "#log li") == expected
+def wait_for_lines(browser: Browser, *expected: str) -> None:
+    wait_for(lambda: texts(browser, "#log li")[-1:] == [expected[-1]], f"{expected[-1]} in the log")
+    assert texts(browser, "#log li") == [*expected]
 
 
-def append(log: Path, text: str) -> None:
+def append(log: Path, *lines: str) -> None:
     with log.open("a") as file:
-        file.write(text)
+        file.write("".join(f"{line}\n" for line in lines))
 
 
-@in_each_browser
-def test_lines_come_as_text_and_the_wire_beside_them(page: Opened, log: Path, name: str) -> None:
-    browser = page(name)
+def test_lines_come_as_text_and_the_wire_beside_them(
+    browser: Browser, server: Process, log: Path
+) -> None:
+    open_page(browser, server)
     lines = ["one", "<img src=x onerror=alert(1)> & <b>bold</b>", "", "  two  spaces: ☕"]
-    append(log, "".join(f"{line}\n" for line in lines))
-    wait_for_lines(browser, lines)
+    append(log, *lines)
+    wait_for_lines(browser, *lines)
     assert browser.run("return document.querySelectorAll('#log li *, #wire span *').length") == 0
     end = log.stat().st_size
-    wire = text(browser, "#wire")
+    (wire,) = texts(browser, "#wire")
     request = "> GET /log\n< 200 text/event-stream; charset=utf-8\n"
     assert wire.startswith(f"{request}retry: 1000\n\nid: 4-")
     assert re.search(rf"\nid: {end}-[0-9a-f]{{8}}\ndata: {re.escape(lines[-1])}\n\n$", wire)
     assert texts(browser, "#files p") == [f"Now: 4 lines, bytes 0 to {end}"]
+    server.kill()
+    wait_for(lambda: "Trying again in " in texts(browser, "#status")[0], "it to be told")
+    append(log, "after kill -9")
+    server.start()
+    wait_for_lines(browser, *lines, "after kill -9")
+    (wire,) = texts(browser, "#wire")
+    assert re.search(rf"\n> Last-Event-ID: {end}-[0-9a-f]{{8}}\n< 200 ", wire)
 
 
-@in_each_browser
-def test_one_sees_a_rotation(page: Opened, log: Path, name: str) -> None:
-    append(log, "one\n")
-    browser = page(name)
-    append(log, "two\n")
-    wait_for_lines(browser, ["one", "two"])
+@in_chromium
+def test_one_sees_a_rotation(browser: Browser, server: Process, log: Path) -> None:
+    append(log, "one")
+    open_page(browser, server)
+    append(log, "two")
+    wait_for_lines(browser, "one", "two")
     os.truncate(log, 0)
-    wait_for_lines(browser, ["one", "two", "rotated"])
-    append(log, "three\n")
-    wait_for_lines(browser, ["one", "two", "rotated", "three"])
+    wait_for_lines(browser, "one", "two", "rotated")
+    append(log, "three")
+    wait_for_lines(browser, "one", "two", "rotated", "three")
     files = ["Rotated: 2 lines, bytes 0 to 8", "Now: 1 line, bytes 0 to 6"]
     assert texts(browser, "#files p") == files
-    widths = browser.run(
+    old, new = browser.run(
         "return [...document.querySelectorAll('.bar')].map((bar) => bar.offsetWidth)"
     )
-    assert widths[0] > widths[1] > 0
-    assert "event: rotated\nid: 0-00000000\n" in text(browser, "#wire")
+    assert old > new > 0
+    assert "event: rotated\nid: 0-00000000\n" in texts(browser, "#wire")[0]
 
 
-@in_each_browser
-def test_after_kill_9_it_goes_on_where_it_was(
-    page: Opened, server: Process, log: Path, name: str
-) -> None:
-    browser = page(name)
-    append(log, "one\n")
-    wait_for_lines(browser, ["one"])
-    server.kill()
-    wait_for(lambda: "Trying again in " in text(browser, "#status"), "it to be told")
-    append(log, "two\n")
-    server.start()
-    wait_for_lines(browser, ["one", "two"])
-    assert text(browser, "#status") == "Connected."
-    assert re.search(r"\n> Last-Event-ID: 4-[0-9a-f]{8}\n< 200 ", text(browser, "#wire"))
-
-
-@pytest.mark.xdist_group("chromium")
-def test_accessible_bounded_and_in_view(page: Opened, browsers: Opened, log: Path) -> None:
+@in_chromium
+def test_accessible_bounded_and_in_view(browser: Chromium, server: Process, log: Path) -> None:
     """At 1280 pixels all is side by side and fits; on a phone nothing is wider than the screen."""
-    browser = browsers("chromium")
-    assert isinstance(browser, Chromium)
     try:
         browser.resize(1280, 720)
-        page("chromium")
-        append(log, "".join(f"line {number}\n" for number in range(2000)) + "long" * 1000 + "\n")
+        open_page(browser, server)
+        append(log, *(f"line {number}" for number in range(2000)), "long" * 1000)
         wait_for(lambda: texts(browser, "#log li")[-1:] == ["long" * 500 + "…"], "the last line")
         assert len(texts(browser, "#log li")) == 300
         assert len(texts(browser, "#wire span")) == 200
@@ -151,11 +122,3 @@ def test_accessible_bounded_and_in_view(page: Opened, browsers: Opened, log: Pat
                 assert browser.violations() == []
     finally:
         browser.resize(*SIZE)
-
-
-def test_nothing_is_inline_and_the_policy_says_so(server: Process) -> None:
-    for path in ("/", "/pages/tail.js", "/pages/wire.js", "/pages/style.css"):
-        headers = requests.get(server.url + path, timeout=10).headers
-        assert {name: headers[name] for name in PAGE_HEADERS} == PAGE_HEADERS
-    html = requests.get(server.url, timeout=10).text
-    assert not re.search("<style|style=|<script>| on[a-z]+=", html)

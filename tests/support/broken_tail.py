@@ -1,4 +1,7 @@
-"""recipes.tail, whose look at the log raises the exception that the file `FAULT` names."""
+"""recipes.tail, whose look at the log raises the exception that the file `FAULT` names.
+
+`KEEP_ALIVE` says after how many seconds of silence a reader hears something, and looks by itself.
+"""
 
 import builtins
 import os
@@ -19,4 +22,5 @@ class BrokenPath(type(Path())):  # type: ignore[misc]
 
 
 tail.LOG = BrokenPath(tail.LOG)
+tail.KEEP_ALIVE = float(os.environ["KEEP_ALIVE"])
 app = tail.app

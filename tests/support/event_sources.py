@@ -37,6 +37,7 @@ class EventSource:
         self.events: list[Event] = []  # with `gap`s among them
         self.times: list[float] = []  # when they came, in time.monotonic()
         self.comments = 0
+        self.retry = 0  # milliseconds, as the server would have it
         self.status = 0  # of the last answer
         self.opened = 0  # answers with 200
         self.cut = 0  # streams without their proper end
@@ -177,6 +178,8 @@ class Connection(asyncio.Protocol):
                 name = value
             elif field == "data":
                 data.append(value)
+            elif field == "retry":
+                self.source.retry = int(value)
             elif not field:
                 self.source.comments += 1
         if data:
