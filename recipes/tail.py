@@ -124,6 +124,14 @@ def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
     """Return the events after an id, with the file and the id to go on from."""
     # Looked at before reading. While a new file is empty, the writer may still write to this one.
     following = file.next if file.next and (file.next.size() > 0 or file.next.next) else None
+    try:
+        return file, *read_events(file, last_id, is_over=following is not None)
+    except OSError:  # there is nothing behind the id, or it cannot be read now
+        return (following, START, ROTATED) if following else (file, last_id, b"")
+
+
+def read_events(file: LogFile, last_id: str, is_over: bool) -> tuple[str, bytes]:
+    """Return the events of the next lines, and the id of the last. An error if nothing is there."""
     offset = int(last_id.partition("-")[0])
     start = max(offset - CHECKED, 0)
     data = file.read_at(start, offset + BLOCK)
@@ -131,53 +139,51 @@ def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
         data = file.read_at(start, offset + MAX_LINE + 1)
     before, new = data[: offset - start], data[offset - start :]
     if id_at(start + len(before), before) != last_id:
-        return file, START, ROTATED  # it was truncated, even if it has grown again since
+        return START, ROTATED  # it was truncated, even if it has grown again since
     if not (hole := new[:BLOCK]).strip(b"\0"):
         # Nothing, or a hole, which a writer without O_APPEND leaves after a truncation:
         # https://github.com/logrotate/logrotate/issues/286
-        try:
-            end = os.lseek(file.fileno(), offset + len(hole), os.SEEK_DATA)
-        except OSError:  # there is nothing behind it
-            return (following, START, ROTATED) if following else (file, last_id, b"")
-        return file, id_at(end, file.read_at(end - CHECKED, end)), b""
+        end = os.lseek(file.fileno(), offset + len(hole), os.SEEK_DATA)
+        return id_at(end, file.read_at(end - CHECKED, end)), b""
 
     lines = [line + b"\n" for line in new.split(b"\n")[:-1]]
     if not lines and len(new) > MAX_LINE:
         # A piece does not end in the middle of a character, or between CR and LF.
         lines = [re.sub(rb"(\r|[\xc0-\xff][\x80-\xbf]{,2})\Z", b"", new[:MAX_LINE])]
-    elif not lines and following:
+    elif not lines and is_over:
         lines = [new]  # nothing will complete this line
     events = []
     for line in lines:
         offset += len(line)
         last_id = id_at(offset, memoryview(data)[: offset - start])
         events.append(to_sse(line, last_id))
-    return file, last_id, b"".join(events)
+    return last_id, b"".join(events)
 
 
 async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
     """Yield the last lines, or those after the id, then each new one, as events."""
     file = watch.look()
     if not last_id:
-        last_id = await run_in_threadpool(find_last_lines, file, lines) if file else START
-    yield b"retry: 1000\n\n"  # ms; it also says: you will get all that is written from now on
+        last_id = START
+        with suppress(OSError):  # it cannot be read now
+            last_id = await run_in_threadpool(find_last_lines, file, lines) if file else START
+    events = b"retry: 1000\n\n"  # ms; it also says: you will get all that is written from now on
     clock = asyncio.get_running_loop().time
-    due = clock() + KEEP_ALIVE
     while True:
+        if events:
+            yield events
+            due = clock() + KEEP_ALIVE
+        await asyncio.sleep(0)  # let other tasks run
         changed = watch.changed  # taken before the look: nothing can happen in between
         before, events = last_id, b""
         if file := file or watch.look():
             file, last_id, events = read_on(file, last_id)
-        if not events and clock() >= due:
-            events = b": keep-alive\n\n"
-        if events:
-            yield events
-            due = clock() + KEEP_ALIVE
-        elif last_id == before:
+        if not events and last_id == before:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await changed.wait()
-        await asyncio.sleep(0)  # let other tasks run
+            if clock() >= due:
+                events = b": keep-alive\n\n"
 
 
 # 3. The recipe's own log, and the app -------------------------------------------------------------
