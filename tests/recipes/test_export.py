@@ -31,7 +31,7 @@ from tests.support.postgres import Postgres, running_postgres
 from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, starting, wait_for
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
-from tests.support.recipes import start_app
+from tests.support.recipes import start_app, start_changed
 
 CUSTOMERS = ("Zoë ☕", "Müller, Söhne & Co", "山田太郎", 'Jack "Mac" O\'Neill')
 NOTES = ("", None, "ring twice,\nthen wait", "=1+1", "no hurry")
@@ -132,10 +132,13 @@ def url(request: pytest.FixtureRequest, server: Process) -> Iterator[str]:
     assert "Traceback" not in server.log
 
 
-def serve(start: Start, url: str, *options: str, app: str = "") -> Process:
-    """Run the recipe, or one of tests/support/export_apps.py, on this database."""
-    name = f"tests.support.export_apps:{app}" if app else "recipes.export:app"
-    return start_app(start, name, *options, DATABASE_URL=url)
+def serve(start: Start, url: str) -> Process:
+    return start_app(start, "recipes.export:app", DATABASE_URL=url)
+
+
+def serve_impatiently(start: Start, url: str) -> Process:
+    """A minute lasts two seconds."""
+    return start_changed(start, "export", export__PATIENCE=2, DATABASE_URL=url)
 
 
 def get(server: Process, target: str) -> requests.Response:
@@ -328,7 +331,8 @@ def test_text_that_is_not_utf_8_cuts_the_download_it_is_in(
         assert parse(path, response.content) == rows_after(path, 7, 10)
     assert server.log.count("was cut") == 4
     if not is_postgres:  # export.md warns of a middleware. When Starlette has changed, that can go.
-        reader = RawReader(serve(start, url, app="with_middleware").port, NDJSON)
+        spoiled = start_app(start, "tests.support.export_apps:with_middleware", DATABASE_URL=url)
+        reader = RawReader(spoiled.port, NDJSON)
         assert read_until([reader], lambda: reader.ended_at)
         assert reader.ended_properly
 
@@ -353,9 +357,9 @@ def test_readers_who_leave_give_back_their_connections(server: Process, url: str
 @in_postgres
 def test_readers_who_stand_still_are_cut(start: Start, url: str) -> None:
     """The limit is not on the length of a download: one that takes a little each time gets all."""
-    server = serve(start, fill(url, MANY, LONG), app="impatient")
-    others = [slow_reader(server, CSV) for _ in range(2)]
+    server = serve_impatiently(start, fill(url, MANY, LONG))
     reader = slow_reader(server, NDJSON)
+    others = [slow_reader(server, CSV) for _ in range(2)]
     while server.log.count("orders.csv was cut: TimeoutError") < 2:
         more = len(reader.body) + 500_000
         assert read_until([reader], lambda: len(reader.body) > more)  # noqa: B023
@@ -417,7 +421,7 @@ def test_the_server_ends(start: Start, url: str, capsys: pytest.CaptureFixture[s
 
 @in_postgres
 def test_postgresql_dies_or_hangs(start: Start, url: str, postgres: Postgres) -> None:
-    server = serve(start, fill(url, MANY, LONG), app="impatient")
+    server = serve_impatiently(start, fill(url, MANY, LONG))
     for dies in (True, False):
         reader = slow_reader(server, CSV)
         postgres.kill() if dies else postgres.signal(signal.SIGSTOP, everyone=True)

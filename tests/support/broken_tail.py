@@ -1,14 +1,16 @@
 """recipes.tail, whose look at the log raises the exception that the file `FAULT` names.
 
-`KEEP_ALIVE` says after how many seconds of silence a reader hears something, and looks by itself.
+While the file `FAULT.read` is there, each read is an EIO, as on a disk that is ill.
 """
 
 import builtins
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
 from recipes import tail
+from tests.support import changed
 
 FAULT = Path(os.environ["FAULT"])
 
@@ -21,6 +23,12 @@ class BrokenPath(type(Path())):  # type: ignore[misc]
         return status
 
 
-tail.LOG = BrokenPath(tail.LOG)
-tail.KEEP_ALIVE = float(os.environ["KEEP_ALIVE"])
-app = tail.app
+class BrokenFile(tail.LogFile):
+    def read_at(self, start: int, end: int) -> bytes:
+        if FAULT.with_suffix(".read").exists():
+            raise OSError(errno.EIO, "a fault")
+        return super().read_at(start, end)
+
+
+tail.LOG, tail.LogFile = BrokenPath(tail.LOG), BrokenFile  # type: ignore[misc]
+app = changed.tail

@@ -1,9 +1,7 @@
-"""recipes.export in other circumstances."""
+"""recipes.export behind a middleware that ends the body of a cut download properly."""
 
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from recipes import export
 
-export.PATIENCE = 2.0  # a minute lasts two seconds
-impatient = export.app
 with_middleware = BaseHTTPMiddleware(export.app, lambda request, call_next: call_next(request))
