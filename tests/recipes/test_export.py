@@ -170,9 +170,9 @@ def read_to_end(reader: RawReader, complete: bool) -> None:
         assert parse(NDJSON, reader.body) == rows_after(NDJSON, 0, MANY, LONG)
 
 
-def wait_for_queries(url: str, count: int) -> None:
+def wait_for_queries(url: str, count: int, which: str = "state = 'active'") -> None:
     """Until PostgreSQL is at work on so many downloads of this database."""
-    sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND state = 'active'"
+    sql = f"SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND {which}".encode()
     with psycopg.connect(url, autocommit=True) as connection:
         wait_for(lambda: connection.execute(sql).fetchall() == [(count,)], f"{count} queries")
 
@@ -375,14 +375,14 @@ def test_readers_who_stand_still_are_cut(start: Start, url: str) -> None:
 def test_a_query_that_computes_is_cancelled(server: Process, url: str) -> None:
     """It sends nothing now, so it would not notice by itself that its reader has left."""
     run(
-        fill(url, 9999),
+        fill(url, 400, LONG),  # more than fits on the way to the reader, and less than twice that
         # With a sort, it would send nothing before it has computed all.
         "ALTER DATABASE orders SET enable_sort = off",
         "ALTER TABLE orders RENAME TO base",
-        "CREATE VIEW orders AS SELECT * FROM base WHERE id < 9999 OR pg_sleep(600) IS NOT NULL",
+        "CREATE VIEW orders AS SELECT * FROM base WHERE id < 400 OR pg_sleep(600) IS NOT NULL",
     )
     reader = slow_reader(server, CSV)
-    wait_for_queries(url, 1)
+    wait_for_queries(url, 1, "wait_event = 'PgSleep'")
     reader.close()
     wait_for_queries(url, 0)
 
@@ -552,9 +552,11 @@ def test_the_file_is_filled_once_and_completely(start: Start, tmp_path: Path) ->
     rows = SQL.replace("1000000", "100000")
     (recipes / "orders.sql").write_text(rows.replace("COMMIT;", endless))
     killed = subprocess.Popen([*command, "0"], stderr=subprocess.DEVNULL, **options)
-    wait_for(lambda: file.exists() and file.stat().st_size > 1_000_000, "the filling")
-    killed.kill()
-    killed.wait()
+    try:
+        wait_for(lambda: file.exists() and file.stat().st_size > 1_000_000, "the filling")
+    finally:
+        killed.kill()
+        killed.wait()
 
     (recipes / "orders.sql").write_text(rows)
     with ThreadPoolExecutor() as threads:
