@@ -7,23 +7,27 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import psutil
 import pytest
 
-from tests.support.answers import ALL, Ask, asked, events_of, text_of, words
+from tests.support.answers import asked, events_of, http, serve, text_of, words
 from tests.support.event_sources import EventSource, event_sources
-from tests.support.processes import LIMIT, Process, wait_for
+from tests.support.processes import Process, Start, starting, wait_for
+
+pytestmark = pytest.mark.xdist_group("answers")  # so there is one `server`
+# The events of an answer around its text.
+BEFORE = ["created", "in_progress", "output_item.added", "content_part.added"]
+AFTER = ["output_text.done", "content_part.done", "output_item.done", "completed"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with Ask(tmp_path_factory.mktemp("answers")) as ask:
-        yield ask.serve()
+    """The time from one token to the next counts as silence: readers see many comments."""
+    with starting(tmp_path_factory.mktemp("answers")) as start:
+        yield serve(start, answers__SILENCE=0.01)
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def test_all_events_of_an_answer(client: openai.OpenAI) -> None:
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
     deltas = kinds.count("output_text.delta")
-    assert kinds == [*ALL[:4], *["output_text.delta"] * deltas, *ALL[4:]]
+    assert kinds == [*BEFORE, *["output_text.delta"] * deltas, *AFTER]
     assert deltas > 5
     assert text_of(events) == text
     (last,) = events[-1:]
@@ -115,8 +119,16 @@ def test_at_the_limit_it_is_incomplete(client: openai.OpenAI) -> None:
     assert response.status == "completed"
 
 
-def test_stopped(client: openai.OpenAI, server: Process) -> None:
-    before = len(re.findall("the parrot stopped", server.log))
+@pytest.fixture
+def stops(server: Process) -> Iterator[None]:
+    """At the end of the test, one more model has stopped."""
+    before = server.log.count("the parrot stopped")
+    yield
+    wait_for(lambda: server.log.count("the parrot stopped") > before, "the model to stop")
+
+
+@pytest.mark.usefixtures("stops")
+def test_stopped(client: openai.OpenAI) -> None:
     response = client.responses.create(model="parrot", input=words(5000), background=True)
     came: list[Any] = []
     stream = client.responses.retrieve(response.id, stream=True)
@@ -129,22 +141,20 @@ def test_stopped(client: openai.OpenAI, server: Process) -> None:
     assert came[-1].response == stopped
     assert text_of(came) == stopped.output_text
     assert client.responses.cancel(response.id) == client.responses.retrieve(response.id) == stopped
-    wait_for(lambda: len(re.findall("the parrot stopped", server.log)) > before, "the model")
 
 
+@pytest.mark.usefixtures("stops")
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_is_not_in_the_background_stops_with_its_reader(server: Process, stream: bool) -> None:
-    before = len(re.findall("the parrot stopped", server.log))
     body = {"model": "parrot", "input": words(5000), "stream": stream}
-    with httpx.stream("POST", f"{server.url}/v1/responses", json=body) as answer:
+    with http.stream("POST", f"{server.url}/v1/responses", json=body) as answer:
         assert answer.status_code == 200
         if stream:
             next(answer.iter_raw())
-    wait_for(lambda: len(re.findall("the parrot stopped", server.log)) > before, "the model")
 
 
-def test_deleted_while_it_is_made(client: openai.OpenAI, server: Process) -> None:
-    before = len(re.findall("the parrot stopped", server.log))
+@pytest.mark.usefixtures("stops")
+def test_deleted_while_it_is_made(client: openai.OpenAI) -> None:
     response = client.responses.create(model="parrot", input=words(5000), background=True)
     stream = client.responses.retrieve(response.id, stream=True)
     next(stream)
@@ -152,7 +162,6 @@ def test_deleted_while_it_is_made(client: openai.OpenAI, server: Process) -> Non
     assert [*stream][-1].response.status == "cancelled"
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(response.id)
-    wait_for(lambda: len(re.findall("the parrot stopped", server.log)) > before, "the model")
 
 
 def more_than(reader: EventSource, count: int) -> bool:
@@ -175,69 +184,65 @@ def test_an_event_source(client: openai.OpenAI, server: Process) -> None:
 
 
 def test_headers(client: openai.OpenAI, server: Process) -> None:
-    response = client.responses.create(model="parrot", input="a", background=True)
+    response = client.responses.create(model="parrot", input="a")
     url = f"{server.url}/v1/responses/{response.id}?stream=true"
-    for headers in ({}, {"Last-Event-ID": ""}, {"Last-Event-ID": "3"}, {"Last-Event-ID": "999"}):
-        answer = httpx.get(url, headers=headers)
-        assert answer.status_code == (204 if "999" in headers.values() else 200)
+    for last_event_id, status, first in (("", 200, 0), ("3", 200, 4), ("999", 204, None)):
+        answer = http.get(url, headers={"Last-Event-ID": last_event_id})
+        assert answer.status_code == status
         assert answer.headers["cache-control"] == "no-cache, no-transform"
         assert answer.headers["x-accel-buffering"] == "no"
-        if answer.status_code == 200:
+        if status == 200:
             assert answer.headers["content-type"].startswith("text/event-stream")
-            first = 4 if "3" in headers.values() else 0
-            assert answer.text.partition("\n")[2].startswith(f"id: {first}\n")
+            assert re.findall("^id: (.*)", answer.text, re.MULTILINE)[0] == str(first)
 
 
-WRONG: list[tuple[int, str, str, dict[str, Any]]] = [
-    (400, "POST", "", {"json": {"model": "parrot"}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": None}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": 5}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": []}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": ""}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": [{"role": "nobody", "content": "x"}]}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": [{"type": "input_image"}]}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": "x", "max_output_tokens": 0}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": "x", "metadata": {"a": 1}}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": "x", "tools": [{"type": "x"}]}}),
-    (400, "POST", "", {"json": {"model": "parrot", "input": "x", "previous_response_id": "y"}}),
-    (400, "POST", "", {"json": ["x"]}),
-    (400, "POST", "", {"content": b"{"}),
-    (400, "POST", "", {"content": b'{"model": "parrot", "input": NaN}'}),
-    (404, "POST", "", {"content": b'{"model": "\\ud800", "input": "x"}'}),
-    (
-        400,
-        "POST",
-        "",
-        {"content": b'{"model": "parrot", "input": "x", "max_output_tokens": 1e400}'},
-    ),
-    (400, "POST", "", {"content": b'{"input": ' + b"[" * 100_000}),
-    (400, "POST", "", {"content": b'{"max_output_tokens": ' + b"9" * 5000 + b"}"}),
-    (400, "POST", "", {"content": b"\xff"}),
-    (413, "POST", "", {"content": b'{"model": "' + b"x" * 2**20}),
-    (404, "POST", "", {"json": {"model": "other", "input": "x"}}),
-    (404, "GET", "/resp_0", {}),
-    (404, "GET", f"/resp_{'0' * 32}", {}),
-    (404, "GET", f"/resp_{'0' * 32}?stream=true", {}),
-    (404, "GET", "/%00%ff", {}),
-    (404, "POST", f"/resp_{'0' * 32}/cancel", {}),
-    (404, "DELETE", f"/resp_{'0' * 32}", {}),
-    (400, "GET", "/ID?stream=perhaps", {}),
-    (400, "GET", "/ID?stream=true&starting_after=-1", {}),
-    (400, "GET", "/ID?stream=true&starting_after=x", {}),
-    (400, "GET", f"/ID?stream=true&starting_after={'9' * 5000}", {}),
-    (400, "GET", "/ID?stream=true", {"headers": {"Last-Event-ID": "x"}}),
-    (400, "GET", "/ID?stream=true", {"headers": {"Last-Event-ID": "9" * 5000}}),
-    (405, "PUT", "/ID", {}),
+def test_silence_is_told_with_comments(server: Process) -> None:
+    """The `openai` package and an EventSource read on, as the other tests see."""
+    body = {"model": "parrot", "input": words(20), "stream": True}
+    answer = http.post(f"{server.url}/v1/responses", json=body)
+    assert answer.text.count(": keep-alive\n") > 5
+    answer = http.post(f"{server.url}/v1/responses", json=body | {"stream": False})
+    assert answer.text.startswith("\n\n")  # so nobody on the way takes it for dead
+    assert answer.json()["status"] == "completed"
+
+
+NOBODY = f"/resp_{'0' * 32}"
+WRONG_QUESTIONS: list[dict[str, Any]] = [
+    {"input": None},
+    {"input": 5},
+    {"input": []},
+    {"input": ""},
+    {"input": [{"role": "nobody", "content": "x"}]},
+    {"input": [{"type": "input_image"}]},
+    {"max_output_tokens": 0},
+    {"metadata": {"a": 1}},
+    # These would change the answer.
+    {"tools": [{"type": "x"}]},
+    {"previous_response_id": "y"},
+    {"conversation": "y"},
+]
+WRONG: list[tuple[int, str, str, Any]] = [
+    *((400, "POST", "", {"model": "parrot", "input": "x", **wrong}) for wrong in WRONG_QUESTIONS),
+    (404, "POST", "", {"model": "other", "input": "x"}),
+    (404, "POST", "", {"model": "\ud800", "input": "x"}),
+    (404, "GET", NOBODY, None),
+    (404, "GET", f"{NOBODY}?stream=true", None),
+    (404, "POST", f"{NOBODY}/cancel", None),
+    (404, "DELETE", NOBODY, None),
+    (400, "GET", "/ID?stream=perhaps", None),
+    (400, "GET", "/ID?stream=true&starting_after=-1", None),
+    (405, "PUT", "/ID", None),
 ]
 
 
 def test_bad_input(client: openai.OpenAI, server: Process) -> None:
+    """What is wrong in any recipe is in test_every_recipe.py."""
     response = client.responses.create(model="parrot", input="a", background=True)
-    for status, method, path, options in WRONG:
-        headers = {"Content-Type": "application/json", **options.get("headers", {})}
+    for status, method, path, body in WRONG:
         url = f"{server.url}/v1/responses{path.replace('ID', response.id)}"
-        answer = httpx.request(method, url, **{**options, "headers": headers})
-        assert answer.status_code == status, (method, path, options, answer.text)
+        headers = {"Content-Type": "application/json"}
+        answer = http.request(method, url, content=json.dumps(body), headers=headers)
+        assert answer.status_code == status, (method, path, body, answer.text)
         error = answer.json()["error"]
         assert error["message"]
         assert error["type"] == "invalid_request_error"
@@ -251,99 +256,53 @@ def test_bad_input(client: openai.OpenAI, server: Process) -> None:
 def test_half_of_a_surrogate_pair_is_said_again(server: Process) -> None:
     body = b'{"model": "parrot", "input": "\\ud83d \\ud800"}'
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/responses", content=body, headers=headers)
+    answer = http.post(f"{server.url}/v1/responses", content=body, headers=headers)
     assert json.loads(answer.text)["output"][0]["content"][0]["text"] == "\ud83d \ud800"
 
 
-def test_silence_is_told_with_comments(tmp_path: Path) -> None:
-    with Ask(tmp_path) as ask:
-        constants = {"answers.SILENCE": 0.1, "parrot.SECONDS_PER_TOKEN": 1.0}
-        server = ask.serve(constants=constants)
-        body = {"model": "parrot", "input": "one two", "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/responses", json=body) as answer:
-            text = "".join(answer.iter_text())
-        assert text.count(": keep-alive\n") > 5
-        del body["stream"]
-        answer = httpx.post(f"{server.url}/v1/responses", json=body, timeout=LIMIT)
-        assert answer.text.startswith("\n\n")  # so nobody on the way takes it for dead
-        client = asked(server)
-        assert client.responses.create(model="parrot", input="a b").output_text == "a b"
-        stream: Any = client.responses.create(model="parrot", input="a b", stream=True)
-        assert text_of(list(stream)) == "a b"
+def test_an_answer_is_forgotten_after_a_while_and_memory_is_given_back(start: Start) -> None:
+    server = serve(start, answers__KEEP=0.5)
+    body = {"model": "parrot", "input": "x" * 50_000, "background": True}
+
+    def memory_after(answers: int) -> int:
+        """Let so many answers be made, and wait until they are forgotten."""
+        url = f"{server.url}/v1/responses"
+        with ThreadPoolExecutor(8) as pool:
+            made = [*pool.map(lambda _: http.post(url, json=body).json()["id"], range(answers))]
+        wait_for(lambda: all(http.get(f"{url}/{i}").status_code == 404 for i in made), "the end")
+        return int(psutil.Process(server.pid).memory_info().rss)
+
+    before = memory_after(40)
+    for _ in range(5):
+        after = memory_after(40)
+    assert after < before + 20_000_000  # an answer has 250,000 bytes and more
 
 
-def test_an_answer_is_forgotten_after_a_while_and_memory_is_given_back(tmp_path: Path) -> None:
-    with Ask(tmp_path) as ask:
-        constants = {"answers.KEEP": 1, "parrot.SECONDS_PER_TOKEN": 0}
-        server = ask.serve(constants=constants)
-        client = asked(server)
-        kept = client.responses.create(model="parrot", input=words(20))
-
-        def make(count: int) -> None:
-            with httpx.Client() as session, ThreadPoolExecutor(8) as pool:
-                body = {"model": "parrot", "input": words(20), "background": True}
-                url = f"{server.url}/v1/responses"
-                for answer in pool.map(lambda _: session.post(url, json=body), range(count)):
-                    assert answer.status_code == 200
-
-        def memory() -> int:
-            return int(psutil.Process(server.pid).memory_info().rss)
-
-        make(1000)
-        before = memory()
-        make(3000)
-        with pytest.raises(openai.NotFoundError):
-            wait_for(lambda: not client.responses.retrieve(kept.id), "it to be forgotten")
-        assert memory() < before + 20_000_000
+def test_a_server_that_is_stopped(start: Start) -> None:
+    """It tells its readers of what goes on, and finishes what does not."""
+    server = serve(start)
+    client = asked(server)
+    response = client.responses.create(model="parrot", input=words(5000), background=True)
+    url = f"{server.url}/v1/responses/{response.id}?stream=true"
+    with (
+        http.stream("GET", url) as answer,
+        client.responses.stream(model="parrot", input=words(60)) as stream,
+    ):
+        pieces = answer.iter_raw()
+        next(pieces)
+        next(stream)
+        server.signal(signal.SIGTERM)
+        for _ in pieces:  # ends properly: nothing is raised
+            pass
+        assert stream.get_final_response().output_text == words(60)
+    server.wait()
+    assert "Traceback" not in server.log
 
 
-def test_a_server_that_is_stopped_tells_its_readers(tmp_path: Path) -> None:
-    with Ask(tmp_path) as ask:
-        server = ask.serve()
-        client = asked(server)
-        response = client.responses.create(model="parrot", input=words(5000), background=True)
-        url = f"{server.url}/v1/responses/{response.id}?stream=true"
-        with httpx.stream("GET", url) as answer:
-            pieces = answer.iter_raw()
-            next(pieces)
-            server.signal(signal.SIGTERM)
-            for _ in pieces:  # ends properly: nothing is raised
-                pass
-        server.wait()
-        assert "Traceback" not in server.log
-
-
-def test_what_is_not_in_the_background_is_finished_by_a_server_that_stops(tmp_path: Path) -> None:
-    with Ask(tmp_path) as ask:
-        server = ask.serve()
-        with asked(server).responses.stream(model="parrot", input=words(60)) as stream:
-            next(stream)
-            server.signal(signal.SIGTERM)
-            assert stream.get_final_response().output_text == words(60)
-        server.wait()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "should"),
-    [
-        ("REDIS_URL", "localhost:secret", "should be like redis://"),
-        ("REDIS_URL", "redis://:secret/word@host", "should be like redis://"),
-        ("REDIS_URL", "redis://:secret@host?no=option", "should be like redis://"),
-        ("UPSTREAM_URL", "secret", "must be an address such as https://"),
-    ],
-)
-def test_a_wrong_setting_is_told_at_the_start(
-    tmp_path: Path, name: str, value: str, should: str
-) -> None:
-    with Ask(tmp_path) as ask, pytest.raises(pytest.fail.Exception) as told:
-        ask.serve(environment={name: value})
+def test_a_wrong_setting_is_told_at_the_start(start: Start) -> None:
+    with pytest.raises(pytest.fail.Exception) as told:
+        serve(start, redis="redis://:secret/word@host")
     said = str(told.value)
-    assert f"{name} {should}" in said
+    assert "REDIS_URL should be like redis://" in said
     assert "secret" not in said
     assert "Traceback" not in said
-
-
-def test_settings_that_are_empty_are_unset(tmp_path: Path) -> None:
-    with Ask(tmp_path) as ask:
-        server = ask.serve(environment={"REDIS_URL": "", "UPSTREAM_URL": "", "UPSTREAM_KEY": ""})
-        assert asked(server).responses.create(model="parrot", input="a b").output_text == "a b"

@@ -1,18 +1,17 @@
 """Servers of the recipe `answers`, and questions to them."""
 
 import json
-import sys
-from contextlib import ExitStack
-from pathlib import Path
+from functools import cache
 from typing import Any
 
+import httpx2
 import openai
 
-from tests.support.processes import ENVIRONMENT, Process, free_port
+from tests.support.processes import LIMIT, Process, Start, start_app
 
-# The events of an answer around its text.
-ALL = ["created", "in_progress", "output_item.added", "content_part.added"]
-ALL += ["output_text.done", "content_part.done", "output_item.done", "completed"]
+# Each request has a connection of its own: a server that is stopped closes those that are kept.
+NOT_KEPT = httpx2.Limits(max_keepalive_connections=0)
+http = httpx2.Client(timeout=LIMIT, limits=NOT_KEPT)  # one takes longer to make than an answer
 
 
 def words(count: int) -> str:
@@ -20,8 +19,27 @@ def words(count: int) -> str:
     return " ".join(f"word{number}" for number in range(count))
 
 
+def serve(
+    start: Start, redis: str = "", upstream: str = "", fail: str = "", **constants: Any
+) -> Process:
+    """Start a server: with the URL of a Redis or an upstream, and `parrot__SECONDS_PER_TOKEN=0`."""
+    return start_app(
+        start,
+        "tests.support.answers_servers:app",
+        "--log-level=debug",  # the parrot logs when it stops
+        CONSTANTS=json.dumps({name.replace("__", "."): value for name, value in constants.items()}),
+        REDIS_URL=redis,
+        UPSTREAM_URL=upstream,
+        UPSTREAM_KEY="the-key" if upstream else "",
+        FAIL=fail,
+    )
+
+
+@cache
 def asked(server: Process) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    client = openai.DefaultHttpxClient(limits=NOT_KEPT)
+    url = f"{server.url}/v1"
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=client)
 
 
 def events_of(client: openai.OpenAI, response_id: str, after: int = -1) -> list[dict[str, Any]]:
@@ -33,33 +51,3 @@ def events_of(client: openai.OpenAI, response_id: str, after: int = -1) -> list[
 
 def text_of(events: list[Any]) -> str:
     return "".join(e.delta for e in events if e.type == "response.output_text.delta")
-
-
-class Ask(ExitStack):
-    """Starts servers, and ends them."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def serve(
-        self,
-        redis: int = 0,
-        upstream: str = "",
-        environment: dict[str, str] | None = None,
-        app: str = "tests.support.answers_servers:app",
-        constants: dict[str, Any] | None = None,
-    ) -> Process:
-        """Start a server: with the port of a Redis, the URL of an upstream, other constants."""
-        port = free_port()
-        command = [sys.executable, "-m", "uvicorn", app]
-        command += ["--port", str(port), "--log-level", "debug"]
-        settings = {**ENVIRONMENT, "CONSTANTS": json.dumps(constants or {}), **(environment or {})}
-        if redis:
-            settings["REDIS_URL"] = f"redis://127.0.0.1:{redis}"
-        if upstream:
-            settings |= {"UPSTREAM_URL": f"{upstream}/v1", "UPSTREAM_KEY": "the-key"}
-        log = self.folder / f"answers-{port}.log"
-        server = Process(command, log, port, env=settings)
-        self.callback(server.kill)
-        return server
