@@ -27,7 +27,9 @@ PLAIN = "text/plain"
 COMPLETE: dict[str, bytes | Handler] = {
     "complete": http(WHOLE),
     "comments": http(WHOLE.replace(b"data:", b": hi\n\ndata:")),
-    "no text": http(events(FILTERED, ONE, '{"choices": []}', TWO, STOP, USAGE, DONE)),
+    "no text": http(
+        events(chunk({"content": ""}), FILTERED, ONE, '{"choices": []}', TWO, STOP, DONE)
+    ),
     "CRLF": http(WHOLE.replace(b"\n", b"\r\n"), media_type="text/event-stream; charset=utf-8"),
     "no [DONE]": http(events(ONE, TWO, STOP)),
     "more after its end": http(events(ONE, TWO, STOP, ONE, STOP, DONE)),
@@ -88,7 +90,9 @@ def server(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_complete(server: Process, model: str) -> None:
     response = asked(server).responses.create(model=model, input="What?")
     assert (response.status, response.output_text) == ("completed", "One two")
-    assert events_of(asked(server), response.id)[-1]["type"] == "response.completed"
+    events = events_of(asked(server), response.id)
+    assert [event["delta"] for event in events if "delta" in event] == ["One", " two"]
+    assert events[-1]["type"] == "response.completed"
 
 
 def test_half_pairs_become_a_character(server: Process) -> None:
