@@ -46,10 +46,8 @@ def test_the_table_is_of_what_answers_py_does() -> None:
 
 def test_any_server_reads_stops_and_forgets(start: Start, redis: RedisServer) -> None:
     """Although every third round fails in a way that nobody expected, and none reads much."""
-    servers = [
-        serve(start, redis.redis_url, fail="every third round", answers_redis__MANY=50)
-        for _ in range(2)
-    ]
+    app = "tests.support.failing_answers:app"
+    servers = [serve(start, redis.redis_url, app=app, answers_redis__MANY=50) for _ in range(2)]
     here, there = (asked(server) for server in servers)
     for end in (there.responses.cancel, there.responses.delete):
         response = here.responses.create(model="parrot", input=words(5000), background=True)
@@ -80,16 +78,9 @@ def test_any_server_reads_stops_and_forgets(start: Start, redis: RedisServer) ->
 
 
 def test_a_model_may_be_silent_but_its_server_may_not(start: Start, redis: RedisServer) -> None:
-    servers = [
-        serve(
-            start,
-            redis.redis_url,
-            parrot__SECONDS_PER_TOKEN=600,
-            answers_redis__BEAT=0.5,
-            answers_redis__GONE=3,
-        )
-        for _ in range(2)
-    ]
+    constants: dict[str, Any] = {"answers_redis__BEAT": 0.5, "answers_redis__GONE": 3}
+    constants["parrot__SECONDS_PER_TOKEN"] = 600
+    servers = [serve(start, redis.redis_url, **constants) for _ in range(2)]
     here, there = (asked(server) for server in servers)
     response = here.responses.create(model="parrot", input="a", background=True)
     with there.responses.retrieve(response.id, stream=True):  # so it is followed there

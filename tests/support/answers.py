@@ -1,13 +1,13 @@
 """Servers of the recipe `answers`, and questions to them."""
 
-import json
 from functools import cache
 from typing import Any
 
 import httpx2
 import openai
 
-from tests.support.processes import LIMIT, Process, Start, start_app
+from tests.support.processes import LIMIT, Process, Start
+from tests.support.recipes import start_changed
 
 # Each request has a connection of its own: a server that is stopped closes those that are kept.
 NOT_KEPT = httpx2.Limits(max_keepalive_connections=0)
@@ -20,19 +20,11 @@ def words(count: int) -> str:
 
 
 def serve(
-    start: Start, redis: str = "", upstream: str = "", fail: str = "", **constants: Any
+    start: Start, redis: str = "", upstream: str = "", app: str = "answers", **constants: Any
 ) -> Process:
     """Start a server: with the URL of a Redis or an upstream, and `parrot__SECONDS_PER_TOKEN=0`."""
-    return start_app(
-        start,
-        "tests.support.answers_servers:app",
-        "--log-level=debug",  # the parrot logs when it stops
-        CONSTANTS=json.dumps({name.replace("__", "."): value for name, value in constants.items()}),
-        REDIS_URL=redis,
-        UPSTREAM_URL=upstream,
-        UPSTREAM_KEY="the-key" if upstream else "",
-        FAIL=fail,
-    )
+    settings = {"UPSTREAM_URL": upstream, "UPSTREAM_KEY": "the-key" if upstream else ""}
+    return start_changed(start, app, REDIS_URL=redis, **settings, **constants)
 
 
 @cache
