@@ -6,24 +6,18 @@ to stop. All run on the same uvicorn, one after the other, and get the same read
 """
 
 import argparse
-import asyncio
-import itertools
 import json
-import logging
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
-
-import client_async
-import client_sync
 from tests.support import stopping
+from tests.support.event_sources import Event, EventSource, event_sources
 from tests.support.processes import ENVIRONMENT, LOG_CONFIG, ROOT, Process, free_port, wait_for
 from tests.support.raw_reader import RawReader, many_descriptors, read_until, wait_until_idle
 
@@ -53,66 +47,17 @@ ENDED = {
 }
 
 
-# The readers --------------------------------------------------------------------------------------
+class Reader(EventSource):
+    """Leaves after the last event."""
 
+    def take(self, event: Event) -> None:
+        super().take(event)
+        if json.loads(event.data)["is_last_event"] and self.task:
+            self.task.cancel()
 
-@dataclass
-class Reader:
-    """What one reader got of a stream."""
-
-    url: str
-    steps: int
-    arrived: Counter[int] = field(default_factory=Counter)
-    cut: bool = False  # a body without its proper end
-
-    @property
-    def lost(self) -> int:
-        return sum(not self.arrived[event_id] for event_id in range(self.steps))
-
-    @property
-    def doubled(self) -> int:
-        return self.arrived.total() - len(self.arrived)
-
-    async def read_like_event_source(self) -> None:
-        """Count each arrival; after every end of the stream come back with `Last-Event-ID`."""
-        headers: dict[str, str] = {}
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            while True:
-                try:
-                    async with session.get(self.url, headers=headers) as response:
-                        if response.status == 204:
-                            return
-                        async for event in self.events(response):
-                            self.arrived[event["event_id"]] += 1
-                            headers["Last-Event-ID"] = str(event["event_id"])
-                            if event["is_last_event"]:
-                                return
-                except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError):
-                    self.cut = True
-                except (aiohttp.ClientError, OSError):
-                    pass  # nobody listens at the moment
-                await asyncio.sleep(0.2)
-
-    async def events(self, response: aiohttp.ClientResponse) -> AsyncIterator[client_async.Event]:
-        """Give the whole events of an answer, of server-sent events or NDJSON."""
-        data = b""
-        async for line in response.content:
-            if line.startswith(b"data: "):
-                data = line.removeprefix(b"data: ")
-            elif line.startswith(b"{"):
-                yield json.loads(line)
-            elif data and not line.strip():
-                yield json.loads(data)
-                data = b""
-
-    async def read_with_client_async(self) -> None:
-        async for event in client_async.read_events(self.url.replace("/sse", "/ndjson")):
-            self.arrived[event["event_id"]] += 1
-
-    def read_with_client_sync(self) -> None:
-        for event in client_sync.read_events(self.url.replace("/sse", "/ndjson")):
-            self.arrived[event["event_id"]] += 1
+    def count(self) -> Counter[int]:
+        """Return how often each event came."""
+        return Counter(json.loads(event.data)["event_id"] for event in self.events)
 
 
 # The faults ---------------------------------------------------------------------------------------
@@ -190,49 +135,36 @@ def start(served: Served, folder: Path, *options: str) -> Process:
     return Process(command, folder / "server.log", port, cwd=folder, env=environment)
 
 
-async def strike_in_mid_stream(served: Served, fault: Fault, readers: int, result: Result) -> None:
+def strike_in_mid_stream(served: Served, fault: Fault, readers: int, result: Result) -> None:
     """Let the readers read, strike, start the server again if it is down; add up what came."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(readers) as threads:
-        server = start(served, Path(folder), *fault.options)
-        try:
-            path = served.path
-            if fault.stuck:
-                stuck = RawReader(server.port, f"{path}?steps=100000&interval=0")
-                wait_until_idle(server)
-            crowd = [
-                Reader(f"{server.url}{path}?{fault.query}", fault.steps) for _ in range(readers)
-            ]
-            loop = asyncio.get_running_loop()
-            # Our streams are read with both clients too; those of others they do not understand.
-            ways: list[Callable[[Reader], asyncio.Future[None]]] = [
-                lambda reader: asyncio.ensure_future(reader.read_like_event_source()),
-                lambda reader: asyncio.ensure_future(reader.read_with_client_async()),
-                lambda reader: loop.run_in_executor(threads, reader.read_with_client_sync),
-            ]
-            way = itertools.cycle(ways if served is SERVERS[OURS] else ways[:1])
-            reading = [next(way)(reader) for reader in crowd]
-            await asyncio.to_thread(
-                wait_for, lambda: all(reader.arrived for reader in crowd), "the first events"
-            )
-            await asyncio.sleep(0.5)  # into mid-stream
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = start(served, folder, *fault.options)
+        stack.callback(server.kill)
+        if fault.stuck:
+            stuck = RawReader(server.port, f"{served.path}?steps=100000&interval=0")
+            stack.callback(stuck.close)
+            wait_until_idle(server)
+        crowd = [Reader(server.port, f"{served.path}?{fault.query}") for _ in range(readers)]
+        sources = stack.enter_context(event_sources())
+        for reader in crowd:
+            sources.loop.call_soon_threadsafe(reader.open)
+        wait_for(lambda: all(reader.events for reader in crowd), "the first events")
+        time.sleep(0.5)  # into mid-stream
 
-            struck_at = time.monotonic()
-            await asyncio.to_thread(fault.strike, server)
-            result.took = max(result.took, time.monotonic() - struck_at)
-            if fault.strike is not save_a_file:
-                await asyncio.to_thread(server.start)
-            await asyncio.wait(reading, timeout=PATIENCE)
-            for task in reading:
-                task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
-            if fault.stuck:
-                stuck.close()
-        finally:
-            server.kill()
+        struck_at = time.monotonic()
+        fault.strike(server)
+        result.took = max(result.took, time.monotonic() - struck_at)
+        if fault.strike is not save_a_file:
+            server.start()
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and not all(r.task and r.task.done() for r in crowd):
+            time.sleep(0.1)
+    counts = [reader.count() for reader in crowd]
     result.tried += readers
-    result.lost += sum(reader.lost for reader in crowd)
-    result.doubled += sum(reader.doubled for reader in crowd)
-    result.cut += sum(reader.cut for reader in crowd)
+    result.lost += sum(fault.steps - len(count) for count in counts)
+    result.doubled += sum(count.total() - len(count) for count in counts)
+    result.cut += sum(bool(reader.cut) for reader in crowd)
 
 
 def vanish(served: Served, readers: int) -> float:
@@ -281,7 +213,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only faults whose name has this in it")
     parser.add_argument("--ours", action="store_true", help="leave out the others")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # the clients tell of each loss
     names = [OURS] if arguments.ours else list(SERVERS)
     faults = [fault for fault in FAULTS if arguments.only in fault.name]
     faulty = False
@@ -290,7 +221,7 @@ def main() -> int:
         results = [Result() for _ in all_served]
         for _ in range(arguments.tries):
             for served, result in zip(all_served, results, strict=True):
-                asyncio.run(strike_in_mid_stream(served, fault, arguments.readers, result))
+                strike_in_mid_stream(served, fault, arguments.readers, result)
         return results
 
     with many_descriptors(4096):

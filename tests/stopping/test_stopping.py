@@ -13,23 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, UVICORN, Process, RunningClient, Start
+from tests.support.processes import LOG_CONFIG, ROOT, UVICORN, Process, RunningClient, Start
 from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
 from tests.support.stopping import assert_no_error, press_ctrl_c, save_a_file, terminate
 
-READERS = 100
+READERS = 45
 # How long streams may take to end in a test: on a busy machine not a quarter of a second, but far
 # less than the ten seconds that some of them would still sleep.
 SOON = 4.0
 
-# Lines with the time in them; an error line is one that has ERROR or CRITICAL in it.
-LOG_CONFIG = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"timed": {"format": "%(created).3f %(levelname)s %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "timed"}},
-    "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "INFO"}},
-}
+# Lines with the time in them.
+FORMAT = {"plain": {"format": "%(created).3f %(levelname)s %(message)s"}}
 
 # `python main.py`, but with its port 8000 replaced: somebody else may listen there.
 MAIN = """
@@ -70,22 +64,21 @@ def test_every_stream_ends_at_once_and_goes_on(
     shutil.copy(ROOT / "main.py", app)
     shutil.copytree(ROOT / "page", app / "page")
     if "uvicorn" in command:
-        (tmp_path / "log.json").write_text(json.dumps(LOG_CONFIG))
+        (tmp_path / "log.json").write_text(json.dumps(LOG_CONFIG | {"formatters": FORMAT}))
         command = (*command, "--log-config", str(tmp_path / "log.json"))
     server = start(*command, cwd=app)
 
-    # First those that take a while to start. Their streams are long enough for what follows.
-    clients = [
-        RunningClient(tmp_path, client, f"{server.url}/ndjson?interval=1")
-        for client in ("client_sync", "client_async")
-    ]
-    for client in clients:
-        client.wait_for_lines(1)
     kinds = itertools.cycle(itertools.product(FORMATS, (10, 0.5, 0.05)))
     readers = [
         RawReader(server.port, f"{path}?steps=100000&interval={interval}")
         for path, interval in itertools.islice(kinds, READERS)
     ]
+    clients = [
+        RunningClient(tmp_path, client, f"{server.url}/ndjson?interval=0.5")
+        for client in ("client_sync", "client_async")
+    ]
+    for client in clients:
+        client.wait_for_lines(1)
     assert read_until(readers, lambda: all(reader.arrivals for reader in readers))
 
     stopped_at = time.time()
@@ -107,7 +100,9 @@ def test_every_stream_ends_at_once_and_goes_on(
         # just closed its connections, no answer at all, and asks again.
         ids: list[int] = []
         while ids[-1:] != [2]:
-            reader = read_all(server.port, f"Last-Event-ID: {ids[-1]}\r\n" if ids else "")
+            last = f"Last-Event-ID: {ids[-1]}\r\n" if ids else ""
+            reader = RawReader(server.port, "/ndjson?steps=3&interval=0", last)
+            assert read_until([reader], lambda: reader.ended_at)  # noqa: B023
             assert reader.ended_properly or not reader.status
             ids += reader.event_ids
         assert ids == [0, 1, 2]
@@ -118,13 +113,6 @@ def test_every_stream_ends_at_once_and_goes_on(
     for client in clients:
         assert_went_on(client)
     assert_no_error(server)
-
-
-def read_all(port: int, headers: str) -> RawReader:
-    """Ask for three events at once; return the reader when it has its answer, or none."""
-    reader = RawReader(port, "/ndjson?steps=3&interval=0", headers)
-    assert read_until([reader], lambda: reader.ended_at)
-    return reader
 
 
 def assert_went_on(client: RunningClient) -> None:
@@ -170,7 +158,7 @@ def test_new_requests_while_stopping(start: Start) -> None:
         kept_alive.append(connection)
 
     terminate(server)
-    outcomes = []
+    refused = False
     while server.popen.poll() is None:
         try:
             if kept_alive:
@@ -182,15 +170,11 @@ def test_new_requests_while_stopping(start: Start) -> None:
                     b"GET /text?interval=10 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
                 )
                 answer = receive_until(connection, b"0\r\n\r\n")
-            outcomes.append("answered" if answer else "closed")
             assert not answer or answer.endswith(b"\r\n0\r\n\r\n")  # perhaps without an event
-        except ConnectionRefusedError:
-            outcomes.append("refused")
+        except ConnectionError as error:
+            refused = refused or isinstance(error, ConnectionRefusedError)
             time.sleep(0.02)
-        except (ConnectionResetError, BrokenPipeError):
-            outcomes.append("closed")
-    print({outcome: outcomes.count(outcome) for outcome in ("answered", "closed", "refused")})
-    assert "refused" in outcomes
+    assert refused
     stuck.close()
 
 

@@ -52,6 +52,9 @@ class EventSource:
     def gaps(self) -> list[str]:
         return [event.data for event in self.events if event.name == "gap"]
 
+    def take(self, event: Event) -> None:
+        self.events.append(event)
+
     def open(self) -> None:
         self.task = asyncio.create_task(self.run())
 
@@ -162,10 +165,12 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self.source.status != 200:
             return
-        # The streams that are read here have no other line breaks.
-        *frames, self.rest = (self.rest + body).split(b"\n\n")
+        # The streams that are read here have no other line breaks. A line of NDJSON is an event.
+        self.rest = (self.rest + body).replace(b"\r\n", b"\n")
+        end = b"\n" if self.rest.startswith(b"{") else b"\n\n"
+        *frames, self.rest = self.rest.split(end)
         for frame in frames:
-            self.dispatch(frame.decode())
+            self.dispatch(frame.decode() if end == b"\n\n" else f"data:{frame.decode()}")
 
     def dispatch(self, frame: str) -> None:
         name, data = "message", []
@@ -185,8 +190,8 @@ class Connection(asyncio.Protocol):
         if data:
             # Interned: a thousand readers get the same.
             text = sys.intern("\n".join(data))
-            self.source.events.append(Event(self.source.last_event_id, text, name))
             self.source.times.append(time.monotonic())
+            self.source.take(Event(self.source.last_event_id, text, name))
 
     def on_message_complete(self) -> None:
         self.complete = True
