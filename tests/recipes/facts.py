@@ -92,7 +92,7 @@ def endless() -> Generator[str]:
 
 @router.get("/left-alone")
 async def left_alone() -> StreamingResponse:
-    return StreamingResponse(endless(), background=BackgroundTask(note, "response over"))
+    return StreamingResponse(endless(), background=BackgroundTask(note, "resource closed"))
 
 
 def resource() -> Iterator[None]:

@@ -1,18 +1,19 @@
 """recipes/basics.py: what it sends, and what basics.md teaches with it."""
 
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
+from main import HEADERS
 from tests.support.browsers import Browser
-from tests.support.processes import LIMIT, ROOT, Process, Start, wait_for
+from tests.support.processes import LIMIT, Process, Start, starting, wait_for
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
-from tests.support.recipes import start_app, start_recipe
+from tests.support.recipes import start_app
 
 README = Readme("recipes/basics.md")
 FACTS = "tests.recipes.facts:app"
@@ -26,9 +27,10 @@ BODIES = {
 }
 
 
-@pytest.fixture
-def server(start: Start, tmp_path: Path) -> Process:
-    return start_recipe(start, "recipes.basics", tmp_path)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    with starting(tmp_path_factory.mktemp("basics")) as start:
+        yield start_app(start, "recipes.basics:app")
 
 
 def test_what_each_path_sends_and_when(server: Process) -> None:
@@ -40,17 +42,21 @@ def test_what_each_path_sends_and_when(server: Process) -> None:
     for path in ("/stream", "/progress"):  # bit by bit, over three seconds or more
         arrivals = readers[path].arrivals
         assert arrivals[-1] - arrivals[0] > 1
-    for path in BODIES:
         with requests.get(server.url + path, stream=True, timeout=LIMIT) as response:
-            assert response.status_code == 200
             text = path in ("/stream", "/lines")
             media_type = "text/plain" if text else "text/event-stream"
             assert response.headers["Content-Type"] == f"{media_type}; charset=utf-8"
-            assert response.headers["Cache-Control"] == "no-cache, no-transform"
-            assert response.headers["X-Accel-Buffering"] == "no"
+            assert HEADERS.items() <= response.headers.items()
 
 
-def test_streams_end_properly_when_the_server_stops(server: Process) -> None:
+def test_streams_end_properly_when_the_reader_leaves_or_the_server_stops(start: Start) -> None:
+    server = start_app(start, "tests.recipes.facts:basics_app")
+    for path, what in (("/stream", "chunks"), ("/progress", "percentages")):
+        reader = RawReader(server.port, path)
+        assert read_until([reader], lambda: reader.arrivals)  # noqa: B023
+        reader.close()
+        server.wait_for_log(f"{what} closed")
+
     readers = [RawReader(server.port, path) for path in ("/stream", "/progress")]
     assert read_until(readers, lambda: all(reader.status for reader in readers))
     server.signal(signal.SIGTERM)
@@ -62,26 +68,6 @@ def test_streams_end_properly_when_the_server_stops(server: Process) -> None:
         assert body != BODIES[reader.path]
     server.wait()
     assert "ERROR" not in server.log
-
-
-def test_the_generator_is_closed_when_the_reader_goes_away(start: Start) -> None:
-    server = start_app(start, "tests.recipes.facts:basics_app")
-    for path, what in (("/stream", "chunks"), ("/progress", "percentages")):
-        reader = RawReader(server.port, path)
-        assert read_until([reader], lambda: reader.arrivals)  # noqa: B023
-        reader.close()
-        server.wait_for_log(f"{what} closed")
-
-
-def test_starlette_leaves_a_sync_generator_to_the_garbage_collection(start: Start) -> None:
-    server = start_app(start, FACTS)
-    reader = RawReader(server.port, "/left-alone")
-    assert read_until([reader], lambda: reader.arrivals)
-    reader.close()
-    server.wait_for_log("response over")
-    assert "generator closed" not in server.log
-    requests.get(f"{server.url}/collect", timeout=LIMIT)
-    server.wait_for_log("generator closed")
 
 
 # Sync or async ------------------------------------------------------------------------------------
@@ -153,17 +139,11 @@ def test_one_blocking_call_in_an_async_generator_stops_everybody(
     assert read_until([reader], lambda: reader.ended_properly)
 
 
-def test_how_to_test_a_stream(tmp_path: Path) -> None:
-    (tmp_path / "test_own.py").write_text(README.tested("how to test a stream"))
-    command = [sys.executable, "-m", "pytest", "-n", "0", "--rootdir", str(tmp_path), "-q"]
-    result = subprocess.run(
-        [*command, str(tmp_path / "test_own.py")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT * 2,
-    )
-    assert "2 passed" in result.stdout, result.stdout
+def test_how_to_test_a_stream() -> None:
+    tests: dict[str, Any] = {}
+    exec(README.tested("how to test a stream"), tests)
+    tests["test_what_is_sent"]()
+    tests["test_that_it_is_live"]()
 
 
 # In a browser -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ AMONG = ["/end_http", "/http_end", "/http_end_http", "/end_end", "/end_gzip", "/
     ],
     ids=["SIGTERM", "reload", "among middlewares"],
 )
-def test_streams_of_each_kind(
+def test_streams_of_each_kind_and_downloads(
     app: str,
     prefixes: list[str],
     options: list[str],
@@ -42,12 +43,22 @@ def test_streams_of_each_kind(
     start: Start,
     tmp_path: Path,
 ) -> None:
+    """A download is whole: the server waits for its end."""
     # In a folder of its own, where a saved file reloads no other server.
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     server = start(*UVICORN, app, *options, cwd=tmp_path, env=environment)
-    streams = Streams(server, [prefix + kind for prefix in prefixes for kind in KINDS], 12)
+    streams = Streams(server, [prefix + kind for prefix in prefixes for kind in KINDS], 6)
+    downloads = [
+        RawReader(server.port, f"{prefixes[0]}/download?media_type={media_type}")
+        for media_type in ("application/octet-stream", "application/x-ndjson", "text/plain")
+    ]
+    assert read_until(downloads, lambda: all(download.arrivals for download in downloads))
     stop(server)
     streams.assert_ended_properly()
+    read_to_the_end(*downloads)
+    for download in downloads:
+        assert download.ended_properly
+        assert download.body == b"".join(b"%d\n" % number for number in range(30))
     if stop is save_a_file:
         server.wait_for_log("Application startup complete", count=2)
     else:
@@ -55,29 +66,8 @@ def test_streams_of_each_kind(
     assert_no_error(server)
 
 
-def read_to_the_end(reader: RawReader) -> None:
-    assert read_until([reader], lambda: reader.ended_at)
-
-
-ALL_LINES = b"".join(b"%d\n" % number for number in range(30))
-
-
-def test_a_download_is_whole(start: Start) -> None:
-    server = start(*UVICORN, APP)
-    downloads = [
-        RawReader(server.port, f"/download?media_type={media_type}")
-        for media_type in ("application/octet-stream", "application/x-ndjson", "text/plain")
-    ]
-    streams = Streams(server, KINDS, 2)
-    assert read_until(downloads, lambda: all(download.arrivals for download in downloads))
-    terminate(server)
-    streams.assert_ended_properly()
-    for download in downloads:
-        read_to_the_end(download)
-        assert download.ended_properly
-        assert download.body == ALL_LINES
-    server.wait()
-    assert_no_error(server)
+def read_to_the_end(*readers: RawReader) -> None:
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
 
 
 def test_a_download_that_the_server_cuts_looks_cut(start: Start) -> None:
@@ -119,24 +109,29 @@ def receive_all(connection: socket.socket) -> bytes:
     return received
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["an answer", "a stream"])
-def test_a_request_that_is_half_sent(stream: bool, start: Start) -> None:
+def test_a_request_that_is_half_sent(start: Start) -> None:
     """It is read to its end and answered. If the answer is a stream, that one ends properly."""
     server = start(*UVICORN, APP)
-    with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
-        connection.sendall(
-            f"{'GET' if stream else 'POST'} /upload?reader=me&stream={stream} HTTP/1.1\r\n"
-            "Host: test\r\nContent-Length: 20\r\n\r\n0123456789".encode()
-        )
-        server.wait_for_log("upload 10")
+    with ExitStack() as stack:
+        connections = []
+        for count, (method, stream) in enumerate((("POST", False), ("GET", True)), start=1):
+            connection = socket.create_connection(("127.0.0.1", server.port), LIMIT)
+            connections.append(stack.enter_context(connection))
+            connection.sendall(
+                f"{method} /upload?reader={method}&stream={stream} HTTP/1.1\r\n"
+                "Host: test\r\nContent-Length: 20\r\n\r\n0123456789".encode()
+            )
+            server.wait_for_log("upload 10", count)
         terminate(server)
         server.wait_for_log("Waiting for connections to close")
-        connection.sendall(b"0123456789")
-        answer = receive_all(connection)
-    server.wait_for_log("upload 20")
+        for connection in connections:
+            connection.sendall(b"0123456789")
+        answer, streamed = map(receive_all, connections)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert answer.endswith(b"\r\n0\r\n\r\n" if stream else b"\r\n\r\n20 bytes")
-    assert server.log.count("INFO ended me") == 1
+    assert answer.endswith(b"\r\n\r\n20 bytes")
+    assert streamed.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert streamed.endswith(b"\r\n0\r\n\r\n")
+    assert sorted(re.findall("INFO ended (.*)", server.log)) == ["GET", "POST"]
     server.wait()
     assert_no_error(server)
 

@@ -64,7 +64,6 @@ def assert_ends(download: RawReader, properly: bool) -> None:
         ("gunicorn, uvicorn-worker", press_ctrl_c),
         ("gunicorn, asgi", terminate),
         ("hypercorn", terminate),
-        ("hypercorn", press_ctrl_c),
         ("granian", terminate),
         ("granian", press_ctrl_c),
     ],

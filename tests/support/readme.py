@@ -6,9 +6,9 @@ A comment stands right in front of each block, its mark, and says how the block 
     A console block. Each line after `$ ` is run by bash, from the project's root, in a terminal of
     its own, while `uvicorn recipes.basics:app` runs on some free port, with the environment that
     `tests/support/recipes.py` names. Commands say `localhost:8000`; the free port is put in its
-    place, and taken out again of what is printed. Each block gets a server of its own, just
-    started. Below a command stands what it prints, standard error too; see `shows`. `^C` on a
-    line of its own is Ctrl-C, pressed when all that stands above it has been printed.
+    place, and taken out again of what is printed. Below a command stands what it prints, standard
+    error too; see `shows`. `^C` on a line of its own is Ctrl-C, pressed when all that stands above
+    it has been printed.
 `<!-- run with recipes.basics: a program -->`
     Python, run against such a server. If the next block is marked `<!-- what it prints -->`, its
     standard output is compared with that. It must end by itself, without a word on standard error.

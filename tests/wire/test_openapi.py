@@ -24,7 +24,7 @@ def test_every_answer_is_one_that_the_description_names(
     operation = schema[path]["GET"]
 
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(SLOW_MACHINE, max_examples=50)
+    @settings(SLOW_MACHINE, max_examples=25)
     def check(case: Any) -> None:
         # Or a stream would take its time.
         if is_in_range(case.query.get("interval", 1.0)):

@@ -12,7 +12,6 @@ from tests.support.raw_reader import RawReader, read_until, wait_until_idle
 from tests.support.stream_apps import app as its_app
 
 WAYS = ("/stream/", "/logged/", "/plain/", "/mount/")
-in_each_way = pytest.mark.parametrize("way", WAYS, ids=[way.strip("/") for way in WAYS])
 
 
 @pytest.fixture
@@ -26,42 +25,44 @@ def begin(app: Process, target: str, receive_buffer: int = 0) -> RawReader:
     return reader
 
 
-@in_each_way
-def test_its_finally_awaits_however_it_ends(app: Process, way: str) -> None:
-    """Because it ended or raised, its reader left, or the server stopped."""
-    with requests.get(f"{app.url}{way}ends", timeout=LIMIT) as answer:
-        assert answer.text == "ends\n"
-    app.wait_for_log("closed ends")
-
-    raises = begin(app, f"{way}raises")
-    assert read_until([raises], lambda: raises.ended_at)
-    # Below `@app.middleware("http")`, Starlette writes the end of a body that its app did not end.
-    assert raises.ended_properly == (way == "/mount/")
-    app.wait_for_log("closed raises")
-    app.wait_for_log("ZeroDivisionError")
-
-    begin(app, f"{way}sleeps").close()
-    app.wait_for_log("closed sleeps")
-
-    stopped = begin(app, f"{way}stopped")
+def stop(app: Process, readers: list[RawReader]) -> None:
+    """Stop the server; each body gets its proper end."""
     app.signal(15)
-    assert read_until([stopped], lambda: stopped.ended_at)
-    assert stopped.ended_properly
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    assert all(reader.ended_properly for reader in readers)
     app.wait()
-    log = app.log
-    assert "closed stopped" in log
-    assert log.count("ERROR") == 1, log  # of the one that raised
-    if way == "/logged/":  # a generator that was put around its iterator is closed too
-        assert re.findall(r"sent \d+ \d+", log) == [f"sent 200 {n}" for n in (5, 7, 7, 8)]
 
 
-@in_each_way
-def test_a_slow_reader_leaves(app: Process, way: str) -> None:
+def test_its_finally_awaits_however_it_ends(app: Process) -> None:
+    """Because it ended or raised, its reader left, or the server stopped."""
+    for count, way in enumerate(WAYS, start=1):
+        with requests.get(f"{app.url}{way}ends", timeout=LIMIT) as answer:
+            assert answer.text == "ends\n"
+        app.wait_for_log("closed ends", count)
+
+        raises = begin(app, f"{way}raises")
+        assert read_until([raises], lambda: raises.ended_at)  # noqa: B023
+        # Below `@app.middleware("http")`, Starlette writes the end that its app did not write.
+        assert raises.ended_properly == (way == "/mount/")
+        app.wait_for_log("closed raises", count)
+
+        begin(app, f"{way}sleeps").close()
+        app.wait_for_log("closed sleeps", count)
+
+    stop(app, [begin(app, f"{way}stopped") for way in WAYS])
+    assert app.log.count("closed stopped") == len(WAYS)
+    assert app.log.count("ERROR") == app.log.count("\nZeroDivisionError") == len(WAYS), app.log
+    # A generator that was put around its iterator is closed too.
+    assert re.findall(r"sent \d+ \d+", app.log) == [f"sent 200 {n}" for n in (5, 7, 7, 8)]
+
+
+def test_a_slow_reader_leaves(app: Process) -> None:
     """While `send` waits; and the generator never awaits, so that it could stop everybody else."""
-    reader = begin(app, f"{way}never_awaits", receive_buffer=4096)
+    readers = [begin(app, f"{way}never_awaits", receive_buffer=4096) for way in WAYS]
     wait_until_idle(app)  # its `send` waits
-    reader.close()
-    app.wait_for_log("closed never_awaits")
+    for reader in readers:
+        reader.close()
+    app.wait_for_log("closed never_awaits", len(WAYS))
     assert requests.get(f"{app.url}/stream/ends", timeout=LIMIT).text == "ends\n"
 
 
@@ -79,11 +80,7 @@ def test_a_sync_generator_is_closed_in_a_thread(app: Process) -> None:
     for reader in readers:
         reader.close()
     app.wait_for_log(r"closed left-\d", count=5)
-    reader = begin(app, "/sync/stopped")
-    app.signal(15)
-    assert read_until([reader], lambda: reader.ended_at)
-    assert reader.ended_properly
-    app.wait()
+    stop(app, [begin(app, "/sync/stopped")])
     assert "closed stopped" in app.log
     assert not re.search("Traceback|ERROR", app.log), app.log
 
@@ -97,8 +94,8 @@ def test_a_head_of_it_does_not_hold_up_the_server(app: Process) -> None:
     app.wait_for_log("closed sleeps")
 
 
-def test_its_arguments_and_headers(app: Process) -> None:
-    """Those of `StreamingResponse`; the headers of every stream are added to one's own."""
+def test_it_is_an_ordinary_response(app: Process) -> None:
+    """Its arguments are those of `StreamingResponse`; the headers of every stream are added."""
     answer = requests.get(f"{app.url}/options", timeout=LIMIT)
     assert (answer.status_code, answer.text) == (203, "ends\n")
     expected = {
@@ -113,6 +110,12 @@ def test_its_arguments_and_headers(app: Process) -> None:
     plain = requests.get(f"{app.url}/plain/ends", timeout=LIMIT)
     assert plain.headers["Cache-Control"] == "no-cache, no-transform"
 
+    # A middleware may give the app a body that it has read itself, each time that the app asks.
+    assert requests.get(f"{app.url}/repeated", timeout=LIMIT).text == "ends\n"
+    # A database's cursor is no generator: its `close()`, a coroutine, is its owner's business.
+    assert requests.get(f"{app.url}/cursor", timeout=LIMIT).text == "row\nrow\n"
+    assert "never awaited" not in app.log
+
 
 def test_in_a_test_client() -> None:
     with TestClient(its_app) as client:
@@ -126,15 +129,3 @@ def test_it_refuses_a_websocket() -> None:
     with TestClient(its_app) as client, pytest.raises(WebSocketDenialResponse) as refusal:
         client.websocket_connect("/refused").__enter__()
     assert (refusal.value.status_code, refusal.value.text) == (403, "ends\n")
-
-
-def test_a_middleware_that_repeats_the_body(app: Process) -> None:
-    """Many give the app a body that they have read themselves, each time that it asks."""
-    assert requests.get(f"{app.url}/repeated", timeout=LIMIT).text == "ends\n"
-
-
-def test_what_is_no_generator(app: Process) -> None:
-    """A database's cursor: its `close()` is a coroutine, and nobody's business but its owner's."""
-    with requests.get(f"{app.url}/cursor", timeout=LIMIT) as answer:
-        assert answer.text == "row\nrow\n"
-    assert "never awaited" not in app.log
