@@ -160,6 +160,8 @@ class Everybody:
             for client in ("client_sync", "client_async")
             if folder
         ]
+        for client in self.clients:  # they take a while to start
+            client.wait_for_lines(1)
         self.in_a_browser = in_a_browser.EventSources(
             browser, f"{url}/openapi.json", f"/sse?{query}", 3
         )

@@ -64,9 +64,9 @@ STREAMS: dict[str, bytes] = {
     "no finish_reason": events(*BEGINNING, "[DONE]"),
     "no choices": events(
         json.dumps({"choices": [], "x": []}),  # Azure
-        *(*BEGINNING, END),
         json.dumps({"choices": None, "usage": USAGE}),
         json.dumps({"usage": USAGE}),
+        *(*BEGINNING, END),
     ),
     "an emoji in two halves": events(
         chunk({"content": "\ud83d"}), chunk({"content": "\ude80"}, "stop")
@@ -193,6 +193,12 @@ def test_a_complete_stream_passes_as_it_came(relay: Process, name: str) -> None:
 @pytest.mark.parametrize("name", WAYS)
 def test_a_complete_stream_passes_however_it_comes(lively: Process, name: str) -> None:
     assert read(lively, model=name, stream=True) == ("One two", None)
+
+
+def test_an_answer_ends_with_done(lively: Process) -> None:
+    """Some upstreams keep the connection open."""
+    answer = post(lively, asked(model="way: stalled after its end", stream=True))
+    assert answer.content == COMPLETE
 
 
 def test_a_complete_body_passes_as_it_came(relay: Process) -> None:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import LOG_CONFIG, ROOT, UVICORN, Process, RunningClient, Start
+from tests.support.processes import (
+    LOG_CONFIG,
+    ROOT,
+    UVICORN,
+    Process,
+    RunningClient,
+    Start,
+    wait_for,
+)
 from tests.support.raw_reader import FORMATS, RawReader, read_until, wait_until_idle
 from tests.support.stopping import assert_no_error, press_ctrl_c, save_a_file, terminate
 
@@ -74,7 +82,7 @@ def test_every_stream_ends_at_once_and_goes_on(
         for path, interval in itertools.islice(kinds, READERS)
     ]
     clients = [
-        RunningClient(tmp_path, client, f"{server.url}/ndjson?interval=0.5")
+        RunningClient(tmp_path, client, f"{server.url}/ndjson?steps=100000&interval=0.2")
         for client in ("client_sync", "client_async")
     ]
     for client in clients:
@@ -116,10 +124,13 @@ def test_every_stream_ends_at_once_and_goes_on(
 
 
 def assert_went_on(client: RunningClient) -> None:
-    assert client.wait() == 0, client.errors
-    events = [json.loads(line.partition("  ")[2]) for line in client.lines()]
-    assert [event["event_id"] for event in events] == list(range(10))
+    wait_for(lambda: client.errors, "the client to notice the end of its stream")
     assert "resuming it" in client.errors[0]
+    lines = client.wait_for_lines(len(client.lines()) + 3)
+    client.popen.kill()
+    client.wait()
+    events = [json.loads(line.partition("  ")[2]) for line in lines]
+    assert [event["event_id"] for event in events] == list(range(len(lines)))
 
 
 STUCK = "/ndjson?steps=100000&interval=0"  # a reader that does not read this blocks its sending

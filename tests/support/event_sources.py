@@ -29,11 +29,8 @@ class Event(NamedTuple):
 class EventSource:
     """Reads one stream forever: when a connection ends, it comes back after its last event."""
 
-    def __init__(
-        self, port: int, path: str = "/feed/goals", last_event_id: str = "", receive_buffer: int = 0
-    ) -> None:
-        self.port, self.path, self.receive_buffer = port, path, receive_buffer
-        self.last_event_id = last_event_id
+    def __init__(self, port: int, path: str = "/feed/goals", last_event_id: str = "") -> None:
+        self.port, self.path, self.last_event_id = port, path, last_event_id
         self.events: list[Event] = []  # with `gap`s among them
         self.times: list[float] = []  # when they came, in time.monotonic()
         self.comments = 0
@@ -75,9 +72,6 @@ class EventSource:
     async def connect(self) -> socket.socket:
         connection = socket.socket()
         connection.setblocking(False)
-        if self.receive_buffer:
-            # Without it the kernel takes megabytes in for a reader that reads nothing.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
         try:
             await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", self.port))
         except BaseException:
