@@ -1,13 +1,14 @@
 """What the server puts on the wire, over real sockets, line by line."""
 
-import http.client
 import json
 import socket
 import time
 
 import pytest
+import requests
 
-from tests.support.processes import Process
+from tests.support.processes import LIMIT, Process
+from tests.support.raw_reader import RawReader, read_until
 
 STREAMS = {
     "/text": "text/plain; charset=utf-8",
@@ -16,31 +17,14 @@ STREAMS = {
 }
 
 
-def get(
-    server: Process, path: str, headers: dict[str, str] | None = None
-) -> tuple[http.client.HTTPResponse, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("GET", path, headers=headers or {})
-    response = connection.getresponse()
-    body = response.read()
-    connection.close()
-    return response, body
-
-
-def arrivals(server: Process, path: str) -> list[tuple[float, bytes]]:
-    """Read a stream; return each HTTP chunk with the time at which it came, in seconds."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("GET", path)
-    response = connection.getresponse()
-    pieces = []
-    while piece := response.read1():
-        pieces.append((time.monotonic(), piece))
-    connection.close()
-    return pieces
+def get(server: Process, path: str, **headers: str) -> requests.Response:
+    return requests.get(server.url + path, headers=headers, timeout=LIMIT)
 
 
 def test_the_three_formats(shared_server: Process) -> None:
-    text, ndjson, sse = (get(shared_server, f"{path}?interval=0")[1].decode() for path in STREAMS)
+    text, ndjson, sse = (
+        get(shared_server, f"{path}?interval=0").content.decode() for path in STREAMS
+    )
     assert text == "".join(f"Step {i} of 10: ☕\n" for i in range(1, 11))
     assert ndjson.endswith("}\n")
     lines = ndjson.splitlines()
@@ -53,31 +37,33 @@ def test_the_three_formats(shared_server: Process) -> None:
 
 @pytest.mark.parametrize(("path", "media_type"), STREAMS.items())
 def test_headers(shared_server: Process, path: str, media_type: str) -> None:
-    response, _ = get(shared_server, f"{path}?interval=0")
-    assert response.status == 200
+    response = get(shared_server, f"{path}?interval=0")
+    assert response.status_code == 200
     assert response.headers["Content-Type"] == media_type
     assert response.headers["Cache-Control"] == "no-cache, no-transform"
     assert response.headers["X-Accel-Buffering"] == "no"
     assert response.headers["Transfer-Encoding"] == "chunked"
 
 
-@pytest.mark.parametrize("path", STREAMS)
-def test_events_leave_on_their_schedule(shared_server: Process, path: str) -> None:
+def test_events_leave_on_their_schedule(shared_server: Process) -> None:
     interval = 0.5
-    asked = time.monotonic()
-    pieces = arrivals(shared_server, f"{path}?steps=6&interval={interval}")
-    first = pieces[0][0]
-    assert len(pieces) == 6
-    assert first - asked < interval, "the first event leaves at once"
-    for k, (arrived, _) in enumerate(pieces):
-        # Neither early nor all at the end. A busy machine may be late by most of an interval.
-        assert -0.1 < arrived - (first + k * interval) < 0.9 * interval
+    asked = time.time()
+    readers = [RawReader(shared_server.port, f"{p}?steps=6&interval={interval}") for p in STREAMS]
+    assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
+    for reader in readers:
+        first = reader.arrivals[0]
+        assert len(reader.arrivals) == 6
+        assert first - asked < interval, "the first event leaves at once"
+        for k, arrived in enumerate(reader.arrivals):
+            # Neither early nor all at the end. A busy machine may be late by most of an interval.
+            assert -0.1 < arrived - (first + k * interval) < 0.9 * interval
 
 
 def test_lateness_does_not_add_up(shared_server: Process) -> None:
     """200 sleeps of 10 ms, each a little late, still end after 2 seconds."""
-    pieces = arrivals(shared_server, "/ndjson?steps=201&interval=0.01")
-    assert 1.95 < pieces[-1][0] - pieces[0][0] < 2.2
+    reader = RawReader(shared_server.port, "/ndjson?steps=201&interval=0.01")
+    assert read_until([reader], lambda: reader.ended_at)
+    assert 1.95 < reader.arrivals[-1] - reader.arrivals[0] < 2.2
 
 
 def test_a_reader_that_sleeps_does_not_shift_the_schedule(shared_server: Process) -> None:
@@ -96,14 +82,14 @@ def test_a_reader_that_sleeps_does_not_shift_the_schedule(shared_server: Process
 @pytest.mark.parametrize("path", STREAMS)
 def test_what_is_left_after_the_last_event(shared_server: Process, path: str) -> None:
     """The same bytes as in the complete stream. (test_openapi.py tries every `Last-Event-ID`.)"""
-    _, whole = get(shared_server, f"{path}?interval=0")
-    _, rest = get(shared_server, f"{path}?interval=0", {"Last-Event-ID": "4"})
+    whole = get(shared_server, f"{path}?interval=0").content
+    rest = get(shared_server, f"{path}?interval=0", **{"Last-Event-ID": "4"}).content
     if path == "/text":  # which has no ids, and cannot be resumed
         assert rest == whole
     else:
         assert rest == whole[whole.index(b"id: 5" if path == "/sse" else b'{"event_id":5') :]
-        nothing, _ = get(shared_server, path, {"Last-Event-ID": "9"})
-        assert nothing.status == 204
+        nothing = get(shared_server, path, **{"Last-Event-ID": "9"})
+        assert nothing.status_code == 204
         # A cache may keep a 204, and would give it to a reader who wants the whole stream.
         assert "no-cache" in nothing.headers["Cache-Control"]
 
@@ -125,9 +111,9 @@ def test_422_names_the_parameter_its_range_and_what_came(
     shared_server: Process, name: str, value: str, says: str
 ) -> None:
     for path in STREAMS:
-        response, body = get(shared_server, f"{path}?{name}={value}")
-        assert response.status == 422
-        (detail,) = json.loads(body)["detail"]
+        response = get(shared_server, f"{path}?{name}={value}")
+        assert response.status_code == 422
+        (detail,) = response.json()["detail"]
         assert (detail["loc"], detail["input"]) == (["query", name], value)
         assert says in detail["msg"]
 
