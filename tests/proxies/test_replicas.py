@@ -48,7 +48,6 @@ class Deployment:
     """Three servers started as deploy/'s systemd unit says, behind one of deploy/'s proxies."""
 
     def __init__(self, name: str, tmp: Path, changes: dict[str, str], options: list[str]) -> None:
-        self.name = name
         self.processes: list[Process] = []
 
         def start_replica(i: int) -> Process:

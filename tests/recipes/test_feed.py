@@ -10,7 +10,7 @@ import psutil
 import pytest
 import requests
 
-from recipes.feed import KEEP
+from recipes.feed import KEEP, SILENCE
 from tests.support.event_sources import EventSource, EventSources, event_sources
 from tests.support.feed import numbers, publish
 from tests.support.processes import LIMIT, Process, Start, starting, wait_for
@@ -65,6 +65,7 @@ def test_every_reader_gets_every_event_of_its_channel(
     wait_for_data(crowd, "a", " ☕ one\ntwo\n\nthree: \x0b\u2028four\n", *large)
     wait_for_data([other], "for one user")
     wait_for(lambda: all(source.comments for source in crowd), "a comment in the silence")
+    assert SILENCE == 10  # here it is a second
     for name in ("own goal", "", None):
         body = {"data": "1 : 0", "event": name}
         answer = requests.post(shared.url + path, json=body, timeout=LIMIT)

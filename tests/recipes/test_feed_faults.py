@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from recipes.feed_redis import PATIENCE
 from tests.faults import feed
 from tests.support.processes import ROOT, need
 
@@ -37,6 +38,7 @@ def test_faults(strikes: tuple[feed.Strike, ...], monkeypatch: pytest.MonkeyPatc
     ):
         assert int(stayed) == seen.readers
         assert float(slowest) < 10  # on a busy machine; here it is after a second
+    assert PATIENCE < 5
 
 
 def test_the_table_is_of_what_the_program_does() -> None:
