@@ -157,7 +157,7 @@ def test_the_network_may_cut_where_it_likes(browser: Browser, start: Start) -> N
 def test_accessible_in_two_columns_and_on_a_phone(browser: Chromium, start: Start) -> None:
     server = serve(start, "tokens", parrot__SECONDS_PER_TOKEN=0)
     try:
-        for width, height in ((1280, 720), (390, 844), (360, 800)):
+        for width, height in ((1280, 720), (360, 800)):
             browser.resize(width, height)
             for dark in (True, False):
                 browser.darken(dark)
