@@ -72,6 +72,7 @@ def test_six_run_over_http_1_and_all_over_http_2_and_all_are_resumed(
     )
     for got in sources.ids():
         assert got == list(range(len(got)))
+    sources.close()  # or their attempts in vain would be on the console of the next test
 
 
 def test_over_http_2_one_without_an_answer_leaves_the_others_alone(
@@ -93,3 +94,4 @@ def test_over_http_2_one_without_an_answer_leaves_the_others_alone(
     lost = sources.errors()
     wait_for(lambda: all(len(sources.ids()[i]) > n for i, n in running), "them to go on")
     assert [sources.errors()[i] for i, _ in running] == [lost[i] for i, _ in running]
+    sources.close()
