@@ -179,10 +179,10 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
         if file := file or watch.look():
             file, last_id, events = read_on(file, last_id)
         if not events and last_id == before:
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout_at(due):
                     await changed.wait()
-            if clock() >= due:
+            except TimeoutError:
                 events = b": keep-alive\n\n"
 
 

@@ -548,6 +548,7 @@ def test_the_file_is_filled_once_and_completely(start: Start, tmp_path: Path) ->
     finally:
         killed.kill()
         killed.wait()
+    assert file.with_name("orders.db-journal").exists()  # it was in the middle
 
     (recipes / "orders.sql").write_text(rows)
     with ThreadPoolExecutor() as threads:
