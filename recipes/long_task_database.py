@@ -104,6 +104,7 @@ def wait_while_it_is_away() -> None:
         # pauses of up to 90. By any other error the workflow would fail, also if the database is
         # read-only, full, or without its tables.
         context.is_disconnect = True
+        engine.dispose()  # what is idle may lead to a server that is now a replica
         while True:
             with suppress(exc.SQLAlchemyError), probe.begin() as connection:
                 connection.execute(write)

@@ -1,20 +1,18 @@
 """recipes/long_task whose work is on record, and which can be told to go wrong.
 
-Each part appends to the file `WORK_LOG` a line when it begins and one when it ends. In a task with
-`FAILING` seconds for each part, the third raises; in one with `SLOW` seconds, the third takes four
-seconds longer than it was said to. After part `PAUSE_AFTER` the workflow waits, when the part has
-been kept. The first `LOST_WRITES` times that PostgreSQL is to keep a part's result, the session is
-ended just then. `LOOK` and `KEEP_ALIVE` are the recipe's own.
+Each part appends a line to the file `WORK_LOG` when it begins. In a task with `FAILING` seconds for
+each part, the third raises. In one with `LOSING` seconds, PostgreSQL ends the session that is to
+keep the first part's result, twice. After part `PAUSE_AFTER`, when it has been kept, the workflow
+waits. `LOOK` and `KEEP_ALIVE` are the recipe's own.
 """
 
 import asyncio
 import os
-import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psycopg
-import pytest
 import sqlalchemy as sa
 from dbos import DBOS
 
@@ -24,23 +22,25 @@ from recipes.long_task import app
 __all__ = ["app"]
 
 WORK_LOG = Path(os.environ["WORK_LOG"])
-FAILING, SLOW = float(os.environ["FAILING"]), float(os.environ["SLOW"])
+FAILING, LOSING = float(os.environ["FAILING"]), float(os.environ["LOSING"])
 PAUSE_AFTER = int(os.environ.get("PAUSE_AFTER", "0"))
-lost_writes = int(os.environ.get("LOST_WRITES", "0"))
+lost_writes = 0  # that are still to be lost
 
 
-def note(what: str, part: int) -> None:
+def note(part: int) -> None:
     with WORK_LOG.open("a") as file:
-        file.write(f"{DBOS.workflow_id} {what} {part} {time.time()} {os.getpid()}\n")
+        file.write(f"{DBOS.workflow_id} {part} {os.getpid()}\n")
 
 
-@DBOS.step(name="work", retries_allowed=True)
+@DBOS.step(name="work", retries_allowed=True, interval_seconds=0.1)
 async def recorded_work(part: int, seconds: float) -> float:
-    note("begin", part)
-    await asyncio.sleep(seconds + (4 if seconds == SLOW and part == 2 else 0))
+    global lost_writes
+    note(part)
+    await asyncio.sleep(seconds)
     if seconds == FAILING and part == 2:
         raise ValueError("no space left on the disk")
-    note("end", part)
+    if seconds == LOSING and part == 0:
+        lost_writes = 2
     return seconds
 
 
@@ -74,10 +74,5 @@ async def watches() -> int:
 @app.post("/broken/{seconds}")
 async def broken(seconds: float) -> None:
     """For so long, each question to the database raises what nobody has foreseen."""
-
-    async def raises(*_: Any) -> Any:
-        raise IndexError("list index out of range")
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(long_task, "ask", raises)
-    asyncio.get_running_loop().call_later(seconds, patch.undo)
+    with patch.object(long_task, "ask", side_effect=IndexError("list index out of range")):
+        await asyncio.sleep(seconds)
