@@ -349,9 +349,9 @@ def test_a_full_server_passes_its_reader_on_and_a_cut_looks_like_a_cut(
 
 
 def test_ten_seconds_of_silence_and_a_redirect(shared_server: Process, tmp_path: Path) -> None:
-    """Neither cuts the stream. The redirect leads to the proxy: nobody else reaches the server."""
+    """Neither cuts the stream. A redirect leads to the proxy: nobody else reaches the server."""
     with ExitStack() as stack:
-        readers = []
+        readers: list[RawReader] = []
         for name in PROXIES:
             port = free_port()
             config = deployed(name, port, [shared_server.port] * 3, tmp_path)
@@ -359,7 +359,12 @@ def test_ten_seconds_of_silence_and_a_redirect(shared_server: Process, tmp_path:
             stack.callback(proxy.kill)
             answer = requests.get(f"{proxy.url}/sse/", allow_redirects=False, timeout=LIMIT)
             assert answer.headers["Location"] == f"{proxy.url}/sse"
+            # The server sees that a reader has left, although it has nothing to send.
+            begin(port, "/sse?interval=10").close()
+            left = lambda: count_streams(shared_server) == len(readers)  # noqa: E731
+            wait_for(left, "the server to see that its reader left", 9)
             readers.append(RawReader(port, "/ndjson?steps=2&interval=10"))
+            assert read_until(readers, lambda: readers[-1].arrivals)
         assert read_until(readers, lambda: all(reader.ended_at for reader in readers))
     for reader in readers:
         assert reader.event_ids == [0, 1]
