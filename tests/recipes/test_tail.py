@@ -71,10 +71,8 @@ def sources() -> Iterator[EventSources]:
 def read(server: Process, sources: EventSources) -> Read:
     """`read(query, id)` opens a reader. When it returns, it is known where this reader begins."""
 
-    def read(query: str = "?lines=0", last_event_id: str = "", size: int = 0) -> EventSource:
-        (reader,) = sources.open(
-            server.port, path=f"/log{query}", last_event_id=last_event_id, receive_buffer=size
-        )
+    def read(query: str = "?lines=0", last_event_id: str = "") -> EventSource:
+        (reader,) = sources.open(server.port, path=f"/log{query}", last_event_id=last_event_id)
         wait_for(lambda: reader.retry, "the stream to begin")
         return reader
 
@@ -209,7 +207,7 @@ def test_slow_readers_get_all_and_take_neither_memory_nor_files(
         return sorted(path for path in paths if path.parent == log.parent)
 
     log.touch()
-    slow, leaving = (read(size=4096) for _ in range(2))
+    slow, leaving = read(), read()
     for reader in (slow, leaving):
         sources.pause(reader)
     before, old = process.memory_info().rss, []
