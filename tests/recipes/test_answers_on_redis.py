@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,14 @@ def test_any_server_reads_stops_and_forgets(start: Start, redis: RedisServer) ->
     app = "tests.support.failing_answers:app"
     servers = [serve(start, redis.redis_url, app=app, answers_redis__MANY=50) for _ in range(2)]
     here, there = (asked(server) for server in servers)
-    for end in (there.responses.cancel, there.responses.delete):
+
+    def cancel(response_id: str) -> None:
+        """Ask both servers at once: there is one end."""
+        with ThreadPoolExecutor() as pool:
+            stopped = [*pool.map(lambda each: each.responses.cancel(response_id), (here, there))]
+        assert {each.status for each in stopped} == {"cancelled"}
+
+    for end in (cancel, there.responses.delete):
         response = here.responses.create(model="parrot", input=words(5000), background=True)
         came: list[Any] = []
         for event in there.responses.retrieve(response.id, stream=True):
