@@ -61,25 +61,37 @@ class LimitBodies:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        read = 0
+        length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
+        unread = len(length) > 9 or int(length) > MAX_BODY
         error = HTTPException(413, f"The body has more than {MAX_BODY} bytes, which is the limit.")
+        read = 0
 
         async def limited() -> Message:
-            nonlocal read
+            nonlocal read, unread
             message = await receive()
             read += len(message.get("body", b""))
             if read > MAX_BODY:
+                unread = message.get("more_body", False)
                 raise error
             if not message.get("more_body"):
                 read = 0  # the body is complete, but some middlewares repeat it forever
             return message
 
-        length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
-        if len(length) > 9 or int(length) > MAX_BODY:
+        async def answer(message: Message) -> None:
+            if unread and message["type"] == "http.response.body":
+                # To close a connection with an unread body resets it, and many clients read no
+                # answer before they have sent all: RFC 9112, section 9.6. So throw the rest away.
+                await send({**message, "more_body": True})
+                while (await receive()).get("more_body"):
+                    pass
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        if unread:
             handler = scope["app"].exception_handlers[StarletteHTTPException]
-            await (await handler(Request(scope), error))(scope, receive, send)
+            await (await handler(Request(scope), error))(scope, receive, answer)
         else:
-            await self.app(scope, limited, send)
+            await self.app(scope, limited, answer)
 
 
 class PageFiles(StaticFiles):
@@ -191,7 +203,7 @@ def database_url(default: str) -> str:
     A wrong one ends the program with one sentence. The sentence does not repeat the setting or
     libpq's own message, because both may contain the password.
     """
-    url = os.environ.get("DATABASE_URL") or default
+    url = os.environ.get("DATABASE_URL", "").strip() or default
     found = re.fullmatch(r"(sqlite|postgres)(?:ql)?(?:\+\w+)?://(.+)", url, re.DOTALL)
     if found and found[1] == "sqlite" and re.match("/(?!:memory:$).", found[2]):
         return f"sqlite://{found[2]}"

@@ -12,7 +12,9 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
 import requests
@@ -172,6 +174,18 @@ def test_a_large_body_is_refused_before_it_is_in_memory(server: Process, how: st
         # What does not exist is told before the body is read.
         assert answer.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 404 ")), operation.path
         assert b'{"detail":' in answer or b'{"error":' in answer
+
+
+def test_who_sends_all_of_a_large_body_before_reading_gets_the_413(server: Process) -> None:
+    """As urllib does, which also says `Connection: close`."""
+    for operation in operations(server):
+        # (To cancel an answer needs no body, and nobody reads one.)
+        if operation.method.upper() == "POST" and not operation.path.endswith("/cancel"):
+            url = server.url + re.sub("{.*?}", "x", operation.path)
+            for body in (b" " * 10_000_000, iter([b" " * 1_000_000] * 10)):  # the latter is chunked
+                with pytest.raises(HTTPError) as told:
+                    urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=LIMIT)
+                assert told.value.code in (404, 413), operation.path
 
 
 def test_the_headers_of_streams_and_an_empty_last_event_id(server: Process) -> None:
