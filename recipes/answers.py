@@ -20,7 +20,6 @@ from contextlib import aclosing, suppress
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-import httpx2
 import openai
 from fastapi import Depends, FastAPI, Header, Query, Response
 from pydantic import BaseModel, Field
@@ -35,9 +34,7 @@ SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
 STALLED = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
 SSE = "text/event-stream"
 Json = dict[str, Any]
-URL, KEY = common.upstream()
-# A new connection each time: an upstream may just have closed one that was kept (RFC 9112, 9.5).
-http = openai.DefaultAsyncHttpxClient(limits=httpx2.Limits(max_keepalive_connections=0))
+URL, KEY, http = common.upstream()
 upstream = openai.AsyncOpenAI(base_url=URL, api_key=KEY or "-", max_retries=0, http_client=http)
 
 

@@ -230,8 +230,8 @@ def is_readable(url: str) -> bool:
     return bool(parts.get("dbname") and is_clean and has_port)
 
 
-def upstream() -> tuple[str, str]:
-    """Return UPSTREAM_URL and UPSTREAM_KEY, each "" if it is not set."""
+def upstream() -> tuple[str, str, Any]:
+    """Return UPSTREAM_URL and UPSTREAM_KEY ("" if they are not set), and a client of httpx2."""
     import httpx2
 
     url, key = (os.environ.get(name, "").strip() for name in ("UPSTREAM_URL", "UPSTREAM_KEY"))
@@ -244,7 +244,17 @@ def upstream() -> tuple[str, str]:
         raise SystemExit("UPSTREAM_URL must be an address such as https://api.openai.com/v1.")
     if not re.fullmatch("[!-~]*", key):
         raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
-    return url.rstrip("/"), key
+    # A new connection each time: one that was kept may just have been closed (RFC 9112, 9.5).
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    try:
+        # Without an upstream, only this machine is asked, and no proxy leads there.
+        client = httpx2.AsyncClient(limits=limits, trust_env=bool(url))
+    except Exception:  # its message may contain the password of a proxy
+        raise SystemExit(
+            "UPSTREAM_URL cannot be asked: one of SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE, "
+            "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY is wrong (for a SOCKS proxy, install socksio)."
+        ) from None
+    return url.rstrip("/"), key, client
 
 
 def upstream_error(error: BaseException) -> HTTPException:

@@ -461,3 +461,18 @@ def test_what_the_readme_says_of_the_package(upstream: Upstream) -> None:
     chunks = client.chat.completions.create(**asked(model="ends early", stream=True))
     assert len(list(chunks)) == 3  # without a relay in between, nothing is said of it
     assert openai.DEFAULT_MAX_RETRIES == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SSL_CERT_FILE", "/nowhere"), ("ALL_PROXY", "socks5://me:secret@localhost:1")],
+)
+def test_surroundings_in_which_no_upstream_can_be_asked(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    upstream_settings()  # the embedded parrot is on this machine
+    monkeypatch.setenv("UPSTREAM_URL", "https://example.org/v1")
+    with pytest.raises(SystemExit, match=f"UPSTREAM_URL cannot be asked: .*{name}") as told:
+        upstream_settings()
+    assert "secret" not in str(told.value)
