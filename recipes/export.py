@@ -12,6 +12,7 @@ stream with ids (feed). If it takes minutes to make the rows, take a task (long_
 """
 
 import asyncio
+import socket
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import aclosing, asynccontextmanager, closing, suppress
@@ -32,7 +33,7 @@ IS_POSTGRES = DATABASE_URL.startswith("postgresql:")
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 COLUMNS = "id,customer,note,quantity,cents"
 CHUNK = 128 * 1024  # bytes: a download has so many in memory, and the rest of a row
-ANSWER = 3.0  # seconds until the database has to begin its answer
+ANSWER = 4.0  # seconds until the database has to begin its answer
 PATIENCE = 60.0  # seconds for which a download may then stand still
 connections = asyncio.Semaphore(10)  # each download has one until its end
 After = Annotated[int | None, Query(ge=0, le=2**63 - 1)]  # an id in either database
@@ -69,7 +70,16 @@ def read_sqlite(form: str, where: str, limit: asyncio.Timeout) -> Generator[byte
         yield bytes(chunk)
 
 
-async def read_postgres(form: str, where: str) -> AsyncGenerator[bytes]:
+async def end_query(connection: AsyncConnection, when: float = 0) -> None:
+    """Cancel the query, then hang up: psycopg itself would wait ten seconds for an answer."""
+    await asyncio.sleep(when - asyncio.get_running_loop().time())
+    with suppress(Error):
+        await connection.cancel_safe(timeout=1)
+    with suppress(Error, OSError), socket.fromfd(connection.fileno(), 0, 0) as line:
+        line.shutdown(socket.SHUT_RDWR)
+
+
+async def read_postgres(form: str, where: str, limit: asyncio.Timeout) -> AsyncGenerator[bytes]:
     """Yield the same. PostgreSQL writes both formats itself, whatever the types."""
     rows = f"SELECT {COLUMNS} FROM orders {where}"
     options, end = f"HEADER {not where}", b"\r\n"
@@ -80,20 +90,22 @@ async def read_postgres(form: str, where: str) -> AsyncGenerator[bytes]:
         options, end = r"QUOTE E'\x01', DELIMITER E'\x02'", b"\n"
     copy_rows = f"COPY ({rows} ORDER BY id) TO STDOUT (FORMAT csv, {options})".encode()
     connect = AsyncConnection.connect(DATABASE_URL, client_encoding="UTF8", connect_timeout=2)
-    async with await connect as connection, connection.cursor().copy(copy_rows) as copy:
-        try:
-            yield b""
-            chunk = bytearray()
-            async for row in copy:
-                chunk += bytes(row[:-1]) + end
-                if len(chunk) >= CHUNK:
-                    yield bytes(chunk)
-                    chunk.clear()
-            yield bytes(chunk)
-        finally:  # or psycopg would read all that is still to come, and wait for a hanging server
-            with suppress(Error):
-                await connection.cancel_safe(timeout=1)
-            await connection.close()
+    async with await connect as connection:
+        unanswered = asyncio.create_task(end_query(connection, (limit.when() or 0) - 1.5))
+        async with connection.cursor().copy(copy_rows) as copy:
+            unanswered.cancel()
+            try:
+                yield b""
+                chunk = bytearray()
+                async for row in copy:
+                    chunk += bytes(row[:-1]) + end
+                    if len(chunk) >= CHUNK:
+                        yield bytes(chunk)
+                        chunk.clear()
+                yield bytes(chunk)
+            finally:  # or psycopg would read all that is still to come
+                await end_query(connection)
+                await connection.close()
 
 
 class Download(Stream):
@@ -102,7 +114,7 @@ class Download(Stream):
     def __init__(self, name: str, form: str, after: int | None = None) -> None:
         self.name, self.limit = name, asyncio.timeout(ANSWER)
         where = "" if after is None else f"WHERE id > {after}"
-        rows = read_postgres(form, where) if IS_POSTGRES else read_sqlite(form, where, self.limit)
+        rows = (read_postgres if IS_POSTGRES else read_sqlite)(form, where, self.limit)
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         super().__init__(rows, headers=headers, media_type=form)
         for header in HEADERS:

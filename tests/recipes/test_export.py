@@ -32,6 +32,7 @@ from tests.support.processes import ENVIRONMENT, LIMIT, ROOT, Process, Start, st
 from tests.support.raw_reader import RawReader, read_until
 from tests.support.readme import Readme
 from tests.support.recipes import start_app, start_changed
+from tests.support.redis_server import BadLine
 
 CUSTOMERS = ("Zoë ☕", "Müller, Söhne & Co", "山田太郎", 'Jack "Mac" O\'Neill')
 NOTES = ("", None, "ring twice,\nthen wait", "=1+1", "no hurry")
@@ -430,6 +431,18 @@ def test_postgresql_dies_or_hangs(start: Start, url: str, postgres: Postgres) ->
         rows += parse(CSV, get(server, f"{CSV}?after={rows[-1][0]}").content)
         assert rows == rows_after(CSV, 0, MANY, LONG)
     assert "Traceback" not in server.log
+
+
+@in_postgres
+def test_postgresql_lets_us_in_and_is_silent(
+    start: Start, server: Process, url: str, postgres: Postgres
+) -> None:
+    """As a pooler is whose database is away: from COPY on, nothing passes the line."""
+    fill(url)
+    line = BadLine(postgres.port)
+    line.silent_from = b"COPY"
+    behind = serve(start, url.replace(f":{postgres.port}", f":{line.port}"))
+    assert refused(behind)
 
 
 # What keeps any database from answering, and what mends it.

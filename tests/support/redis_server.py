@@ -69,6 +69,7 @@ class BadLine:
         self.delay = 0.0  # seconds that whatever passes takes, in each direction
         self.cut_answer_to = b""  # the next command with this in it gets there, its answer not back
         self.no_more = False  # and then nobody answers here
+        self.silent_from = b""  # a command with this in it passes no more, nor does what follows
         self.open: set[asyncio.StreamWriter] = set()  # to the callers
         self.silent: set[asyncio.StreamWriter] = set()
         self.loop = asyncio.new_event_loop()
@@ -117,6 +118,8 @@ class BadLine:
             with suppress(OSError):
                 while data := await source.read(65536):
                     await asyncio.sleep(self.delay)
+                    if to is commands and self.silent_from and self.silent_from in data:
+                        self.silent.add(writer)
                     while writer in self.silent:  # noqa: ASYNC110
                         await asyncio.sleep(0.1)
                     if to is commands and self.cut_answer_to and self.cut_answer_to in data:
