@@ -443,6 +443,8 @@ def test_postgresql_lets_us_in_and_is_silent(
     line.silent_from = b"COPY"
     behind = serve(start, url.replace(f":{postgres.port}", f":{line.port}"))
     assert refused(behind)
+    # The recipe has hung up, before psycopg waited for the end of the query.
+    assert "orders.csv got 503: OperationalError" in behind.log
 
 
 # What keeps any database from answering, and what mends it.
