@@ -18,7 +18,7 @@ while it is away: long_task_database.py.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4, uuid5
@@ -39,6 +39,7 @@ LOOK = 1.0  # seconds from one look for tasks that nobody works on to the next
 DEATHS = 3  # servers that did not survive the same part; then its task has failed
 KEEP = timedelta(days=7)  # from the end of a task until it is deleted
 KEEP_ALIVE = 10.0  # seconds of silence, then a comment
+OURS: Any = {"name": NAME, "application_name": NAME}  # the workflows here; others are left alone
 
 
 # 1. The work --------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ OVER: dict[str, Any] = {"SUCCESS": "done", "CANCELLED": "cancelled", "ERROR": "f
 def read_tasks(task_ids: list[str]) -> dict[str, Task]:
     """Return those of these tasks that there are, with two queries for any number of them."""
     tasks = {}
-    workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, name=NAME)
+    workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, **OURS)
     done = database.count_steps(task_ids)  # asked last, so that what is over has all its parts
     for workflow in workflows:
         problem = (workflow.attributes or {}).get("error") or workflow.error
@@ -146,6 +147,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         )
         yield
         loops.cancel()
+        with suppress(asyncio.CancelledError):
+            await loops
 
 
 app = FastAPI(lifespan=lifespan)
@@ -236,7 +239,7 @@ def rescue() -> None:
 
     If a server lives after all, DBOS refuses what it returns, and nothing is twice in the stream.
     """
-    tasks: list[Any] = DBOS.list_workflows(name=NAME, queue_name=NAME, status="PENDING")
+    tasks: list[Any] = DBOS.list_workflows(**OURS, status="PENDING")
     dead = database.find_dead({task.executor_id for task in tasks})
     for task in tasks:
         # By now it may be cancelled, or another server may have put it back.
@@ -256,5 +259,5 @@ def rescue() -> None:
 
 def delete_old() -> None:
     before = (datetime.now(UTC) - KEEP).isoformat()
-    old = DBOS.list_workflows(name=NAME, completed_before=before, limit=1000)
+    old = DBOS.list_workflows(**OURS, completed_before=before, limit=1000)
     DBOS.delete_workflows([task.workflow_id for task in old])

@@ -26,6 +26,7 @@ DATABASE_URL = database_url(f"sqlite:///{Path(__file__).resolve().with_name('lon
 IS_SQLITE = DATABASE_URL.startswith("sqlite:")
 SCHEMA = "" if IS_SQLITE else "dbos."
 POSTGRESQL = {
+    "client_encoding": "UTF8",  # the database itself may be in SQL_ASCII
     "connect_timeout": "3",
     "target_session_attrs": "read-write",  # after a failover: the new primary
     # A machine that vanishes is noticed on both sides, within 20 seconds.
@@ -104,6 +105,9 @@ def wait_while_it_is_away() -> None:
         # pauses of up to 90. By any other error the workflow would fail, also if the database is
         # read-only, full, or without its tables.
         context.is_disconnect = True
+        if IS_SQLITE and context.connection:
+            with suppress(Exception):  # or it keeps the lock that `probe` needs
+                context.connection.connection.rollback()
         engine.dispose()  # what is idle may lead to a server that is now a replica
         while True:
             with suppress(exc.SQLAlchemyError), probe.begin() as connection:

@@ -190,6 +190,7 @@ def die_in_a_part(here: Place) -> str:
         if times == 1:
             server.signal(signal.SIGTERM)
             assert server.wait() == -signal.SIGTERM
+            assert "never retrieved" not in server.log  # a traceback of asyncio
             took = time.monotonic() - asked
         else:
             server.kill()

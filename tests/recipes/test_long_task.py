@@ -192,6 +192,18 @@ def test_sqlite_is_locked_by_somebody_else(here: Place) -> None:
     assert reader.opened == 1
 
 
+def test_the_disk_of_sqlite_is_full(here: Place) -> None:
+    reader = here.start(here.server(), 6, 0.3)
+    reader.wait_for_part(0)
+    url, body = here.server().url, {"parts": 1, "seconds": 0}
+    requests.post(f"{url}/full/1", timeout=LIMIT)
+    post: Any = lambda: requests.post(f"{url}/tasks", json=body, timeout=LIMIT)  # noqa: E731
+    wait_for(lambda: post().status_code == 503, "the disk to be full")
+    requests.post(f"{url}/full/0", timeout=LIMIT)
+    reader.wait()
+    assert reader.opened == 1
+
+
 def test_tasks_are_deleted_in_the_end(here: Place) -> None:
     old, young = (here.start(here.server(), 1, 0) for _ in range(2))
     for reader in (old, young):

@@ -17,7 +17,7 @@ import requests
 from tests.faults import long_task as faults
 from tests.faults.long_task import LOSING, Place, place
 from tests.support.postgres import Postgres, running_postgres
-from tests.support.processes import wait_for
+from tests.support.processes import LIMIT, wait_for
 
 pytestmark = pytest.mark.xdist_group("long_task on PostgreSQL")
 
@@ -128,9 +128,11 @@ def test_another_program_in_the_same_database(here: Place, postgres: Postgres) -
     server.kill()
     server.start()
     reader.wait()  # the server has looked for what dead ones left behind
-    look = "SELECT status FROM dbos.workflow_status WHERE executor_id = 'another'"
+    look = "SELECT status, workflow_uuid FROM dbos.workflow_status WHERE executor_id = 'another'"
     with psycopg.connect(postgres.database_url) as connection:
-        assert connection.execute(look).fetchall() == [("PENDING",)]
+        [(status, workflow_id)] = connection.execute(look).fetchall()
+    assert status == "PENDING"
+    assert requests.get(f"{server.url}/tasks/{workflow_id}", timeout=LIMIT).status_code == 404
 
 
 # Two servers --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import psycopg
 import sqlalchemy as sa
 from dbos import DBOS
 
-from recipes import long_task
+from recipes import long_task, long_task_database
 from recipes.long_task import app
 
 __all__ = ["app"]
@@ -25,6 +25,7 @@ WORK_LOG = Path(os.environ["WORK_LOG"])
 FAILING, LOSING = float(os.environ["FAILING"]), float(os.environ["LOSING"])
 PAUSE_AFTER = int(os.environ.get("PAUSE_AFTER", "0"))
 lost_writes = 0  # that are still to be lost
+disk_is_full = False
 
 
 def note(part: int) -> None:
@@ -60,6 +61,13 @@ def lose_a_write(_connection: Any, cursor: Any, statement: str, *_: Any) -> None
             other.execute("SELECT pg_terminate_backend(%s)", [cursor.connection.info.backend_pid])
 
 
+@sa.event.listens_for(sa.Engine, "before_cursor_execute")
+def limit_sqlite(_connection: Any, cursor: Any, *_: Any) -> None:
+    if long_task_database.IS_SQLITE:
+        pages = 1 if disk_is_full else 2**32 - 2
+        cursor.connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
 long_task.work = work
 long_task.KEEP_ALIVE = float(os.environ.get("KEEP_ALIVE", long_task.KEEP_ALIVE))
 long_task.LOOK = float(os.environ.get("LOOK", long_task.LOOK))
@@ -76,3 +84,10 @@ async def broken(seconds: float) -> None:
     """For so long, each question to the database raises what nobody has foreseen."""
     with patch.object(long_task, "ask", side_effect=IndexError("list index out of range")):
         await asyncio.sleep(seconds)
+
+
+@app.post("/full/{is_full}")
+async def full(is_full: bool) -> None:
+    """From now on, SQLite gets no more room on the disk, or some again."""
+    global disk_is_full
+    disk_is_full = is_full
