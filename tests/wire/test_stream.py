@@ -1,12 +1,15 @@
 """`Stream` in apps of other people: closed at once however it ends, and an ordinary response."""
 
+import asyncio
 import re
 import socket
+from collections.abc import AsyncIterator
 
 import pytest
 import requests
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
+from main import Stream
 from tests.support.processes import LIMIT, Process, Start, start_app
 from tests.support.raw_reader import RawReader, read_until, wait_until_idle
 from tests.support.stream_apps import app as its_app
@@ -64,6 +67,30 @@ def test_a_slow_reader_leaves(app: Process) -> None:
         reader.close()
     app.wait_for_log("closed never_awaits", len(WAYS))
     assert requests.get(f"{app.url}/stream/ends", timeout=LIMIT).text == "ends\n"
+
+
+def test_a_generator_that_never_awaits_lets_others_run() -> None:
+    """Also if its reader is so fast that `send` never waits."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b"x"
+
+    async def count_turns() -> int:
+        turns = 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.create_task(take_turns())
+        assert len([chunk async for chunk in Stream(chunks()).body_iterator]) == 1000
+        others.cancel()
+        return turns
+
+    assert asyncio.run(count_turns()) > 10
 
 
 def test_a_time_limit_of_a_middleware(app: Process) -> None:
