@@ -34,7 +34,7 @@ from recipes import long_task_database as database
 from recipes.common import keep_going, logger, prepare
 from recipes.long_task_database import NAME, ask
 
-POLL = 0.1  # seconds from one look at the tasks that have readers to the next
+POLL = 0.2  # seconds from one look at the tasks that have readers to the next
 LOOK = 1.0  # seconds from one look for tasks that nobody works on to the next
 DEATHS = 3  # servers that did not survive the same part; then its task has failed
 KEEP = timedelta(days=7)  # from the end of a task until it is deleted
@@ -105,15 +105,20 @@ def read_tasks(task_ids: list[str]) -> dict[str, Task]:
 
 watched: set[str] = set()  # the tasks for which readers have waited since the last look
 latest: dict[str, Task | None] = {}  # these tasks at the last look; None: it is no longer there
+looked = asyncio.Event()  # set after the next look
 
 
 async def watch_tasks() -> None:
-    """Look at all tasks that have readers, in one go."""
-    global latest
+    """Look at all tasks that have readers, in one go, and wake the readers."""
+    global latest, looked
     await asyncio.sleep(POLL)
     task_ids = list(watched)
     watched.clear()
-    latest = dict.fromkeys(task_ids) | (await ask(read_tasks, task_ids) if task_ids else {})
+    try:
+        latest = dict.fromkeys(task_ids) | (await ask(read_tasks, task_ids) if task_ids else {})
+    finally:
+        looked.set()
+        looked = asyncio.Event()
 
 
 async def follow(task: Task | None, first: int) -> AsyncIterator[str]:
@@ -131,7 +136,7 @@ async def follow(task: Task | None, first: int) -> AsyncIterator[str]:
             yield ": keep-alive\n\n"
             sent = time.monotonic()
         watched.add(task.task_id)
-        await asyncio.sleep(POLL)
+        await looked.wait()
         task = latest.get(task.task_id, task)
 
 
@@ -239,7 +244,7 @@ def rescue() -> None:
 
     If a server lives after all, DBOS refuses what it returns, and nothing is twice in the stream.
     """
-    tasks: list[Any] = DBOS.list_workflows(**OURS, status="PENDING")
+    tasks: list[Any] = DBOS.list_workflows(**OURS, status="PENDING", load_input=False)
     dead = database.find_dead({task.executor_id for task in tasks})
     for task in tasks:
         # By now it may be cancelled, or another server may have put it back.
