@@ -48,12 +48,18 @@ ENDED = {
 
 
 class Reader(EventSource):
-    """Leaves after the last event."""
+    """Leaves after the last event. That it leaves does not count as a cut."""
+
+    cut_before: int | None = None  # as often it was cut until then
 
     def take(self, event: Event) -> None:
         super().take(event)
         if json.loads(event.data)["is_last_event"] and self.task:
+            self.cut_before = self.cut
             self.task.cancel()
+
+    def was_cut(self) -> bool:
+        return bool(self.cut if self.cut_before is None else self.cut_before)
 
     def count(self) -> Counter[int]:
         """Return how often each event came."""
@@ -164,7 +170,7 @@ def strike_in_mid_stream(served: Served, fault: Fault, readers: int, result: Res
     result.tried += readers
     result.lost += sum(fault.steps - len(count) for count in counts)
     result.doubled += sum(count.total() - len(count) for count in counts)
-    result.cut += sum(bool(reader.cut) for reader in crowd)
+    result.cut += sum(reader.was_cut() for reader in crowd)
 
 
 def vanish(served: Served, readers: int) -> float:
