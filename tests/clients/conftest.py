@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,12 +47,19 @@ def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a clock of this process that only sleeping moves, and sleeping takes no time."""
-    now, sleep_async = time.monotonic(), asyncio.sleep
+    """Make a clock of this process that only sleeping moves, and sleeping takes no time.
+
+    In other threads sleep is as always: a thread that an earlier test left behind moves no clock.
+    """
+    now, tester = time.monotonic(), threading.get_ident()
+    sleep_really, sleep_async = time.sleep, asyncio.sleep
 
     def sleep(seconds: float) -> None:
         nonlocal now
-        now += seconds
+        if threading.get_ident() == tester:
+            now += seconds
+        else:
+            sleep_really(seconds)
 
     async def sleep_on_the_loop(seconds: float) -> None:
         sleep(seconds)

@@ -267,10 +267,13 @@ def test_with_new_events_it_does_not_give_up(client: str) -> None:
         for event_id in ALL:
             connection.send(chunk(event(event_id)))
             taken.acquire(timeout=LIMIT)
-            time.sleep(4)
+
+    def take(_: object) -> None:
+        time.sleep(4)
+        taken.release()
 
     with wrong_server(answer) as server:
-        for_each(load(client), server.url, lambda _: taken.release())
+        for_each(load(client), server.url, take)
         assert len(server.connections) == 1
 
 
