@@ -91,9 +91,12 @@ async def read_postgres(form: str, where: str, limit: asyncio.Timeout) -> AsyncG
     copy_rows = f"COPY ({rows} ORDER BY id) TO STDOUT (FORMAT csv, {options})".encode()
     connect = AsyncConnection.connect(DATABASE_URL, client_encoding="UTF8", connect_timeout=2)
     async with await connect as connection:
-        unanswered = asyncio.create_task(end_query(connection, (limit.when() or 0) - 1.5))
+        late = (limit.when() or 0) - 1.5
+        unanswered = asyncio.create_task(end_query(connection, late))
         async with connection.cursor().copy(copy_rows) as copy:
             unanswered.cancel()
+            if asyncio.get_running_loop().time() >= late:
+                raise TimeoutError  # COPY has begun with the error that it was cancelled
             try:
                 yield b""
                 chunk = bytearray()
