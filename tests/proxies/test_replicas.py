@@ -36,10 +36,10 @@ PROXIES = ("nginx", "haproxy")
 in_one_worker = pytest.mark.xdist_group("more")  # they share Chromium, and servers
 # So that it is seen soon what they are for.
 SOONER = {
-    "nginx": {"send_timeout 30s": "send_timeout 2s", "_read_timeout 12s": "_read_timeout 1s"},
+    "nginx": {"send_timeout 30s": "send_timeout 2s", "_read_timeout 12s": "_read_timeout 5s"},
     "haproxy": {
         "timeout client 30s": "timeout client 2s",
-        "timeout server 12s": "timeout server 1s",
+        "timeout server 12s": "timeout server 5s",
     },
 }
 
