@@ -35,6 +35,7 @@ STALLED = 300.0  # seconds without a byte; a model that thinks says nothing for 
 SSE = "text/event-stream"
 Json = dict[str, Any]
 URL, KEY, http = common.upstream()
+http.follow_redirects = True  # as the openai package's own client does
 upstream = openai.AsyncOpenAI(base_url=URL, api_key=KEY or "-", max_retries=0, http_client=http)
 
 

@@ -91,7 +91,7 @@ async def read_postgres(form: str, where: str, limit: asyncio.Timeout) -> AsyncG
     copy_rows = f"COPY ({rows} ORDER BY id) TO STDOUT (FORMAT csv, {options})".encode()
     connect = AsyncConnection.connect(DATABASE_URL, client_encoding="UTF8", connect_timeout=2)
     async with await connect as connection:
-        late = (limit.when() or 0) - 1.5
+        late = (limit.when() or 0) - 1.5  # then there is a second left to cancel, and to spare
         unanswered = asyncio.create_task(end_query(connection, late))
         async with connection.cursor().copy(copy_rows) as copy:
             unanswered.cancel()

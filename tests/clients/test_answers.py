@@ -16,6 +16,7 @@ from tests.support.wrong_servers import (
     CHUNKED,
     CLOSED,
     END,
+    GZIPPED,
     STREAM,
     WHOLE,
     Answer,
@@ -35,7 +36,6 @@ from tests.support.wrong_servers import (
     wrong_server,
 )
 
-GZIPPED = STREAM + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
 SSH = b"SSH-2.0-OpenSSH_9.2\r\n"
 
 # Told at once -------------------------------------------------------------------------------------

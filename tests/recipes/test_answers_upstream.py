@@ -34,6 +34,7 @@ COMPLETE: dict[str, bytes | Handler] = {
     "no [DONE]": http(events(ONE, TWO, STOP)),
     "more after its end": http(events(ONE, TWO, STOP, ONE, STOP, DONE)),
     "gzip": http(gzip.compress(WHOLE), headers="Content-Encoding: gzip\r\n"),
+    "redirected": http(b"", "307 x", headers="Location: /v1/models\r\n"),
 }
 EARLY = {"length": "max_output_tokens", "content_filter": "content_filter"}
 BROKE_OFF = "The upstream broke off in the middle of its answer."
@@ -76,7 +77,8 @@ def upstream() -> Iterator[Upstream]:
         "halves": http(events(chunk({"content": "\ud83d"}), chunk({"content": "\ude00"}), STOP))
     }
     broken = {model: answer for model, (answer, _) in [*BROKEN.items(), *REFUSED.items()]}
-    with Upstream(COMPLETE | early | halves | broken) as upstream:
+    moved = {"models": http(WHOLE)}  # where "redirected" leads to
+    with Upstream(COMPLETE | early | halves | broken | moved) as upstream:
         yield upstream
 
 
