@@ -162,8 +162,10 @@ def place(database_url: str = "", **environment: str) -> Iterator[Place]:
 def kill_at_random(here: Place, parts: int, kills: int) -> str:
     """Kill the server at random moments of a task, and between its last part and its end."""
     server = here.server()
+    server.options["env"]["PAUSE_AFTER"] = str(parts)  # or it may end before the last kill
+    server.kill()
+    server.start()
     reader = here.start(server, parts, 0.02)
-    server.options["env"]["PAUSE_AFTER"] = str(parts)  # from the next start on
     for part in sorted(random.sample(range(parts - 1), kills)):
         here.wait_until_begun(reader.task_id, part)
         time.sleep(random.uniform(0, 0.05))  # anywhere in the part and in its two writes
