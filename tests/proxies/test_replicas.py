@@ -165,7 +165,10 @@ class Everybody:
             browser, f"{url}/openapi.json", f"/sse?{query}", 3
         )
         self.crowd = readers.open(port, count, path=f"/sse?{query}")
-        wait_for(lambda: all(self.ids()), "the first events")
+        try:
+            wait_for(lambda: all(self.ids()), "the first events")
+        finally:  # pytest shows it if they do not come
+            print(self.ids(), self.in_a_browser.states(), [source.status for source in self.crowd])
 
     def ids(self) -> list[list[int]]:
         """Return the event ids that each reader has had."""
@@ -348,20 +351,20 @@ def test_a_full_server_passes_its_reader_on_and_a_cut_looks_like_a_cut(
         assert "cut off in mid-stream" in client.errors[-1]
 
 
-def test_ten_seconds_of_silence_and_a_redirect(shared_server: Process, tmp_path: Path) -> None:
+def test_ten_seconds_of_silence_and_a_redirect(server: Process, tmp_path: Path) -> None:
     """Neither cuts the stream. A redirect leads to the proxy: nobody else reaches the server."""
     with ExitStack() as stack:
         readers: list[RawReader] = []
         for name in PROXIES:
             port = free_port()
-            config = deployed(name, port, [shared_server.port] * 3, tmp_path)
+            config = deployed(name, port, [server.port] * 3, tmp_path)
             proxy = Process(command(name, config), tmp_path / f"{name}.log", port)
             stack.callback(proxy.kill)
             answer = requests.get(f"{proxy.url}/sse/", allow_redirects=False, timeout=LIMIT)
             assert answer.headers["Location"] == f"{proxy.url}/sse"
             # The server sees that a reader has left, although it has nothing to send.
             begin(port, "/sse?interval=10").close()
-            left = lambda: count_streams(shared_server) == len(readers)  # noqa: E731
+            left = lambda: count_streams(server) == len(readers)  # noqa: E731
             wait_for(left, "the server to see that its reader left", 9)
             readers.append(RawReader(port, "/ndjson?steps=2&interval=10"))
             assert read_until(readers, lambda: readers[-1].arrivals)
