@@ -34,7 +34,7 @@ from recipes import long_task_database as database
 from recipes.common import keep_going, logger, prepare
 from recipes.long_task_database import NAME, ask
 
-POLL = 0.2  # seconds from one look at the tasks that have readers to the next
+POLL = 0.25  # seconds from one look at the tasks that have readers to the next
 LOOK = 1.0  # seconds from one look for tasks that nobody works on to the next
 DEATHS = 3  # servers that did not survive the same part; then its task has failed
 KEEP = timedelta(days=7)  # from the end of a task until it is deleted
