@@ -59,8 +59,8 @@ NO_CONNECTION = (
 
 
 def new_session() -> aiohttp.ClientSession:
-    """Return a session for one attempt; the defaults of aiohttp are not made for streams."""
-    # A session without a timeout of its own ends every stream after five minutes.
+    """Return a session for one attempt. The defaults of aiohttp do not suit streams."""
+    # By default, a session ends every stream after five minutes.
     timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT, sock_read=STALL_TIMEOUT)
     # As requests does: use the environment's proxies, take headers of 64 KB (the default is 8 KB).
     return aiohttp.ClientSession(timeout=timeout, trust_env=True, max_field_size=64 * 1024)
@@ -68,7 +68,7 @@ def new_session() -> aiohttp.ClientSession:
 
 async def in_time(work: Awaitable[Any], resume: Resume) -> Any:
     """Await `work`, at most until it is time to give up."""
-    # `sock_read` lets bytes trickle in forever, and an interim answer (103) stops its clock.
+    # `sock_read` alone lets bytes trickle in forever, and an interim answer (103) stops its clock.
     async with asyncio.timeout(resume.until - time.monotonic()):
         return await work
 
@@ -169,7 +169,7 @@ class Resume:
             ) from error
         if first_time:
             logger.warning("The stream broke off %s (%s); resuming it.", where, reason)
-        # A little random, or all readers of a server would come back at the same moment.
+        # Slightly random: otherwise all readers of a server would reconnect at the same moment.
         self.pause = min(self.delay * random.uniform(0.9, 1.1), remaining)
         self.delay *= 1.5
         return True
@@ -183,7 +183,7 @@ def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
         event: Event | None = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         if not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n")):
-            return None  # what was cut off is sent again when the stream is resumed
+            return None  # a line that was cut off is sent again when the stream resumes
         event = None
     match event:
         case {"event_id": bool()}:

@@ -58,9 +58,9 @@ logger = logging.getLogger(__name__)
 class Arrived(io.RawIOBase):
     """The body of an answer as a file that returns what has arrived, without waiting for more.
 
-    `response.raw.readline()` would ask for one byte at a time; `response.iter_lines()` for 512, and
-    unless the answer is chunked, it would wait for all of them. `read1` returns what is there, and
-    `io.BufferedReader` cuts it into lines, in C.
+    `response.raw.readline()` reads one byte at a time. `response.iter_lines()` asks for 512 bytes,
+    and unless the answer is chunked, it waits for all of them. `read1` returns what has arrived,
+    and `io.BufferedReader` cuts it into lines, in C.
     """
 
     def __init__(self, response: requests.Response, resume: Resume) -> None:
@@ -173,7 +173,7 @@ class Resume:
             ) from error
         if first_time:
             logger.warning("The stream broke off %s (%s); resuming it.", where, reason)
-        # A little random, or all readers of a server would come back at the same moment.
+        # Slightly random: otherwise all readers of a server would reconnect at the same moment.
         self.pause = min(self.delay * random.uniform(0.9, 1.1), remaining)
         self.delay *= 1.5
         return True
@@ -187,7 +187,7 @@ def new_event(line: bytes, last_event_id: int, url: str) -> Event | None:
         event: Event | None = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         if not line.strip() or (line.startswith(b"{") and not line.endswith(b"\n")):
-            return None  # what was cut off is sent again when the stream is resumed
+            return None  # a line that was cut off is sent again when the stream resumes
         event = None
     match event:
         case {"event_id": bool()}:

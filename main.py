@@ -1,7 +1,7 @@
 """Three ways to stream over HTTP from Python: plain text, NDJSON and server-sent events.
 
 Run `uvicorn main:app --reload`, then open http://localhost:8000 or run `python client.py`.
-Sections 2 and 4 have imports of their own: each can be copied into a file, and used alone.
+Sections 2 and 4 have their own imports, so that you can copy each into a file of its own.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # 1. The events ------------------------------------------------------------------------------------
 class Event(BaseModel):
-    """What all three streams carry. `is_last_event` tells a complete stream from one cut off."""
+    """What all three streams carry. `is_last_event` tells the end of a stream from a cut."""
 
     event_id: int  # from 0
     data: str
@@ -38,11 +38,11 @@ async def generate_events(first: int, steps: int, interval: float) -> AsyncGener
             data = f"Step {event_id + 1} of {steps}: ☕"
             yield Event(event_id=event_id, data=data, is_last_event=event_id == steps - 1)
     finally:
-        # However the stream ends, this runs at once: the place to release what it used.
+        # However the stream ends, this runs at once. Release here what the stream used.
         logger.debug("generator closed at event %d of %d", event_id, steps)
 
 
-TICK = 0.002  # Events due in the same tick share a timer: one each would cost a third of the CPU.
+TICK = 0.002  # Events due in the same tick share a timer: separate timers cost a third of the CPU.
 _ticks: dict[tuple[asyncio.AbstractEventLoop, int], asyncio.Event] = {}
 
 
@@ -75,10 +75,10 @@ HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 class Stream(StreamingResponse):
     """A `StreamingResponse` that closes its generator at once, however the stream ends.
 
-    Its `finally` runs, and may `await`, when it ends or raises, its reader leaves, the server stops
-    or the task is cancelled. (Starlette's own response cancels a cleanup at its first `await`.)
+    When the generator ends or raises, its reader leaves, the server stops or the task is cancelled,
+    its `finally` runs, and may `await`. (Starlette cancels a cleanup at its first `await`.)
     `content` yields bytes, text, or what a subclass turns into bytes in `render`. A sync generator
-    may block: it runs in threads. All arguments are those of `StreamingResponse`.
+    may block: it runs in threads. The arguments are those of `StreamingResponse`.
     """
 
     def __init__(self, content: Any, status_code: int = 200, *args: Any, **options: Any) -> None:
@@ -106,7 +106,7 @@ class Stream(StreamingResponse):
         start = {"type": "http.response.start", "status": self.status_code}
         async with aclosing(self.rendered):
             await send(start | {"headers": self.raw_headers})
-            async for chunk in self.body_iterator:  # which somebody may have wrapped
+            async for chunk in self.body_iterator:  # a library may have wrapped it
                 body = chunk.encode() if isinstance(chunk, str) else chunk
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -136,7 +136,7 @@ class Stream(StreamingResponse):
 
 # 3. The three formats -----------------------------------------------------------------------------
 class TextStream(Stream):
-    """The text of each event on a line: easy to print, but without an event id."""
+    """The text of each event, one per line: easy to print, but without event ids."""
 
     media_type = "text/plain"
 
@@ -145,7 +145,7 @@ class TextStream(Stream):
 
 
 class NDJSONStream(Stream):
-    """One event per line (https://github.com/ndjson/ndjson-spec): there is no newline inside it."""
+    """One line of JSON per event: https://github.com/ndjson/ndjson-spec."""
 
     media_type = "application/x-ndjson"
 
@@ -154,7 +154,7 @@ class NDJSONStream(Stream):
 
 
 class SSEStream(Stream):
-    """For a browser's `EventSource`, which reconnects after `retry` ms, with the last `id`.
+    """For a browser's `EventSource`, which reconnects after `retry` ms and sends the last `id`.
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
     """
@@ -181,11 +181,11 @@ from weakref import WeakKeyDictionary
 class EndStreams:
     """Ends open streams properly when the server is asked to stop: on Ctrl-C, SIGTERM, `--reload`.
 
-    uvicorn waits for open connections, and tells the app of its stop only when all are closed:
+    uvicorn first waits for all open connections. Only then does it tell the app that it stops:
     https://github.com/encode/uvicorn/issues/451. So this sends each open stream `http.disconnect`,
-    as if its reader had left, and cancels an app that goes on. Then the body gets its proper end.
-    Only event streams that answer a GET are ended: their readers come back and resume. Downloads
-    and answers to a POST are left alone: ended early, they would look complete.
+    as if its reader had left, and cancels an app that ignores it. Then it adds the end of the body.
+    It ends only event streams that answer a GET, because their readers reconnect and resume.
+    Downloads and answers to a POST are left alone: ended early, they would look complete.
     """
 
     _stopping: ClassVar[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()  # by event loop
@@ -219,7 +219,7 @@ class EndStreams:
 
     @staticmethod
     def stop(handler: Any = None, *args: object) -> None:
-        """End all streams of this process. Call it before you stop a server that is in a thread."""
+        """End all streams of this process. Call it before you stop a server in a thread."""
         EndStreams._stopping.update(dict.fromkeys(EndStreams._stopping, True))
         for exchange in list(EndStreams._open):
             with suppress(RuntimeError):  # its loop is closed
@@ -277,7 +277,7 @@ class _Exchange:
                     finally:
                         self.receiving.discard(waiting)
         with suppress(RuntimeError):  # the app has returned, but one of its tasks still listens
-            # Another task may only take note, as Falcon's does: it acts after the next event.
+            # Another task may only set a flag, as Falcon's does: the app sees it one event later.
             own = asyncio.current_task() is self.task
             self.running.reschedule(None if own else self.loop.time() + 1)
         return {"type": "http.disconnect"}
@@ -292,7 +292,7 @@ class _Exchange:
             headers = {name.lower(): value for name, value in message.get("headers", ())}
             media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if media_type in self.middleware.media_types and b"content-length" not in headers:
-                # Only its compressor can write the end of a compressed body, so it stays cut off.
+                # A compressed body is cut off: only its compressor could write the end.
                 self.owes_end = b"content-encoding" not in headers
                 EndStreams._open.add(self)
                 if EndStreams._stopping[self.loop]:
@@ -302,10 +302,10 @@ class _Exchange:
 
 
 # 5. The endpoints ---------------------------------------------------------------------------------
-Steps = Annotated[int, Query(ge=1, le=100_000, description="How many events there are in all.")]
+Steps = Annotated[int, Query(ge=1, le=100_000, description="How many events there are.")]
 # 10 seconds are below the idle timeouts of the usual proxies (30 to 60): no keep-alive is needed.
 Interval = Annotated[float, Query(ge=0, le=10, allow_inf_nan=False, description="In seconds.")]
-LastID = Annotated[str, Header(pattern="^[0-9]{0,4300}$", description="Go on after this event.")]
+LastID = Annotated[str, Header(pattern="^[0-9]{0,4300}$", description="Resume after this event.")]
 NOTHING_LEFT: Any = {204: {"description": "No event is left after `Last-Event-ID`."}}
 EACH_AN_OBJECT = {200: {"content": {SSEStream.media_type: {"schema": {"type": "object"}}}}}
 
@@ -315,18 +315,18 @@ app.add_middleware(EndStreams, media_types=MEDIA_TYPES)
 
 
 def stream_after(last_event_id: str, steps: int, interval: float, form: type[Stream]) -> Response:
-    """Answer with the events after `last_event_id`, or with 204: the request alone says where."""
+    """Answer with the events after `last_event_id`, or with 204 if none is left."""
     first = int(last_event_id) + 1 if last_event_id else 0  # int() reads up to 4300 digits
     if first >= steps:
-        # An `EventSource` reconnects after every end of a stream, until it gets a 204. A cache may
-        # keep a 204 (RFC 9110, section 15.3.5), and give it to a reader that wants all events.
+        # An `EventSource` reconnects after every end of a stream, until it gets a 204. Without the
+        # headers, a cache could send this 204 to a new reader (RFC 9110, section 15.3.5).
         return Response(status_code=204, headers=HEADERS)
     return form(generate_events(first, steps, interval))
 
 
 @app.get("/text", response_class=TextStream)
 async def text(steps: Steps = 10, interval: Interval = 1) -> Response:
-    """The text of each event on a line. It cannot be resumed: it has no event ids."""
+    """The text of each event, one per line. It cannot be resumed, because it has no event ids."""
     return stream_after("", steps, interval, TextStream)
 
 
@@ -363,7 +363,7 @@ async def index(request: Request, response: Response) -> Any:
     if "text/html" in request.headers.get("accept", "") and PAGE.is_dir():
         return await page.get_response("index.html", request.scope)
     response.headers["Vary"] = "Accept"
-    return {"message": "The same events three times.", "streams": ["/text", "/ndjson", "/sse"]}
+    return {"message": "The same events in three formats.", "streams": ["/text", "/ndjson", "/sse"]}
 
 
 if __name__ == "__main__":

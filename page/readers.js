@@ -130,7 +130,7 @@ async function goOnWithFetch(url, lane, stop) {
 
 /**
  * Read a stream of events to its end, over as many connections as it takes. Each new request sends
- * the `Last-Event-ID`. The first pause is 0.2 seconds; each further one is half as long again.
+ * the `Last-Event-ID`. The first pause is 0.2 seconds; each further one is 1.5 times as long.
  */
 async function readResuming(url, lane, stop, toEvents, { untilNoContent = false } = {}) {
   let delay = FIRST_DELAY;
@@ -163,7 +163,7 @@ async function readResuming(url, lane, stop, toEvents, { untilNoContent = false 
         throw new StreamError(`no event for ${GIVE_UP_AFTER} seconds (${error.message}).`);
       }
       lane.lost(error.message);
-      // A little random, or all readers of a server would come back at the same moment.
+      // Slightly random: otherwise all readers of a server would reconnect at the same moment.
       await sleep(Math.min(delay * (0.9 + 0.2 * Math.random()), remaining), stop);
       delay *= 1.5;
     } finally {
