@@ -1,14 +1,14 @@
-"""answers: an answer of a model that goes on while its reader is away.
+"""answers: a model's answer that continues while its reader is away.
 
-It is the background mode of OpenAI's Responses API: everybody who has the id of an answer can read
-it, from any event on, and stop it. Take it where an answer takes long or costs much. Where an
-answer may end with its connection, `tokens` is simpler.
+It is the background mode of OpenAI's Responses API: anybody who has the id of an answer can read it
+from any event, or stop it. Use it if an answer takes long or costs much. If an answer may end with
+its connection, `tokens` is simpler.
 
 Run it with `uvicorn recipes.answers:app --reload`, then open http://localhost:8000, or read it with
 `OpenAI(base_url="http://localhost:8000/v1", api_key="none")` as in answers.md. The answers are in
 the memory of one process. With `REDIS_URL` (redis://localhost:6379) they are in Redis, for any
 number of servers: see answers_redis.py. The model is a parrot. With `UPSTREAM_URL`
-(https://api.openai.com/v1) and `UPSTREAM_KEY` a server of chat completions is asked instead.
+(https://api.openai.com/v1) and `UPSTREAM_KEY` it is a server of chat completions instead.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from recipes.parrot import parrot, to_tokens
 
 KEEP = 3600  # seconds that an answer is kept after its end
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
-STALLED = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
+STALLED = 300.0  # seconds without a byte; a thinking model may be silent for minutes
 SSE = "text/event-stream"
 Json = dict[str, Any]
 URL, KEY, http = common.upstream()
@@ -53,13 +53,13 @@ class Question(BaseModel):
     metadata: dict[str, str] | None = None
     stream: bool | None = None
     background: bool | None = False
-    # These would change the answer, and cannot be had here.
+    # These would change the answer, and are not supported here.
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     previous_response_id: None = None
     conversation: None = None
 
     def messages(self) -> list[Any]:
-        """Return what was said, as chat completions have it."""
+        """Return the messages in the format of chat completions."""
         said = self.input
         said = said if isinstance(said, list) else [Message(role="user", content=said)]
         if self.instructions:
@@ -94,7 +94,7 @@ async def ask_upstream(question: Question) -> Parts:
             raise openai.APIError("not a stream", chunks.response.request, body=said)
         async for chunk in chunks:
             for choice in chunk.choices or []:
-                # Azure's filter sends choices without a delta; in Mistral's a thought is a list.
+                # Azure's filter sends choices without a delta. Mistral sends a thought as a list.
                 if isinstance(text := getattr(choice.delta, "content", None), str):
                     yield "delta", text
                 if why := choice.finish_reason:
@@ -105,8 +105,8 @@ async def ask_upstream(question: Question) -> Parts:
 class Answer:
     """An answer, as far as this server knows it.
 
-    It comes in parts: a `response`, then each `delta` of its text, at last how it ended. All events
-    that its readers get follow from these.
+    It arrives in parts: a `response`, then each `delta` of its text, finally how it ended. The
+    events that its readers get are made from these.
     """
 
     def __init__(self, response_id: str) -> None:
@@ -121,8 +121,8 @@ class Answer:
         self.maker: asyncio.Task[None] | None = None  # on the server that makes it
 
     def take(self, kind: str, value: Any) -> None:
-        """Take in the next part, and wake the readers."""
-        if self.over:  # some models go on after their end
+        """Add the next part, and wake the readers."""
+        if self.over:  # some models send more after their end
             return
         place = {"item_id": self.item["id"], "output_index": 0, "content_index": 0}
         if kind == "response":
@@ -145,7 +145,7 @@ class Answer:
                 self.add("output_item.done", output_index=0, item=self.item)
             elif kind == "failed":
                 self.response["error"] = {"code": "server_error", "message": value}
-            # That API has no event of its own for `cancelled`.
+            # The API has no event for `cancelled`.
             self.add("incomplete" if kind == "cancelled" else kind, response=self.response)
             if self.maker:
                 self.maker.cancel()  # whoever has ended it, the model stops
@@ -158,7 +158,7 @@ class Answer:
         self.frames.append(f"event: {name}\nid: {number}\ndata: {data}\n\n")
 
     async def read(self, after: int = -1) -> AsyncGenerator[str]:
-        """Yield the events after one, as they come."""
+        """Yield the events after number `after`, as they arrive."""
         sent = after + 1
         while sent < len(self.frames) or not self.over:
             if sent >= len(self.frames):
@@ -167,23 +167,23 @@ class Answer:
                         await self.news.wait()
             frames = self.frames[sent : sent + 100]
             sent += len(frames)
-            yield "".join(frames) or ": keep-alive\n"  # the openai package reads an empty line
+            yield "".join(frames) or ": keep-alive\n"  # a blank line would be an event for openai
 
     async def wait(self) -> AsyncGenerator[str]:
-        """Yield the response at its end. JSON may begin with line breaks: one in each silence."""
+        """Yield the response when complete, and a line break in each silence: JSON allows that."""
         async for frames in self.read():
             yield "\n" if frames.startswith(":") else ""
         yield json.dumps(self.response)
 
 
 async def make(answer: Answer, question: Question) -> None:
-    """Put what the model says. Whatever happens, the last part is an end."""
+    """Put the model's parts into the store. Whatever happens, the last part is an end."""
     why: Any = "The upstream broke off in the middle of its answer."
     try:
         async with aclosing((ask_upstream if URL else ask_parrot)(question)) as parts:
             async for kind, value in parts:
                 await store.put(answer, kind, value)
-    except openai.AuthenticationError:  # what it says may repeat a part of the key
+    except openai.AuthenticationError:  # its message may contain a part of the key
         why = "The upstream refuses the key of this server."
     except openai.APIConnectionError as error:
         told: Any = common.upstream_error(error.__cause__ or error).detail
@@ -194,14 +194,14 @@ async def make(answer: Answer, question: Question) -> None:
     except Exception:
         common.logger.exception("The model failed.")
         why = "The model failed."
-    await store.put(answer, "failed", why[:2000])  # which does nothing if it has ended
+    await store.put(answer, "failed", why[:2000])  # does nothing if it has ended
 
 
 # 3. Where answers are kept ------------------------------------------------------------------------
 class Store:
     """The answers in the memory of one process. Another store has the same methods."""
 
-    lifespan: Any = None  # as FastAPI has it: what another store does in the background
+    lifespan: Any = None  # for FastAPI: what another store does in the background
 
     def __init__(self) -> None:
         self.here: dict[str, Answer] = {}
@@ -217,7 +217,7 @@ class Store:
         return self.here.get(response_id)
 
     async def put(self, answer: Answer, kind: str, value: Any = None) -> None:
-        """Put the next part of an answer. After its end this does nothing."""
+        """Put the next part of an answer. After its end, this does nothing."""
         answer.take(kind, value)
         if answer.over:
             asyncio.get_running_loop().call_later(KEEP, self.here.pop, answer.id, None)
@@ -264,7 +264,7 @@ async def create(question: Question) -> Any:
     answer.maker = asyncio.create_task(make(answer, question))
     if question.background and not question.stream:
         return answer.response
-    # This is called when the stream has ended, or its reader has left.
+    # Called when the stream has ended, or its reader has left.
     stop = None if question.background else BackgroundTask(store.put, answer, "cancelled")
     content, kind = (answer.read(), SSE) if question.stream else (answer.wait(), "application/json")
     return Stream(content, media_type=kind, background=stop)

@@ -1,12 +1,12 @@
 """The answers of answers.py in Redis: any number of servers make, read and stop them.
 
-An answer is a stream of its parts. About 30 times a second there is a round: it puts what is made
-here, and reads what is new of all answers that are made or read here. The server that makes an
-answer reads it like the others, so what one reader has seen, all can see.
+An answer is a Redis Stream of its parts. About 30 times a second, a server does a round: it puts
+the parts that were made here, and reads the new parts of all answers that are made or read here.
+The server that makes an answer reads it like the others, so all readers can see what one has seen.
 
-Parts have the ids 0-1, 0-2, and so on. The end has 1-0, so any server can put it. There is no
-second end, and nothing comes after it. A server that only hung finds it when it wakes up, and stops
-its model.
+Parts have the ids 0-1, 0-2, and so on. The end has the id 1-0, so any server can put it. There is
+no second end, and nothing follows it. A server that only hung finds the end when it wakes up, and
+stops its model.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ from recipes import answers, common
 
 END = "1-0"
 ROUND = 0.03  # seconds between two rounds
-MANY = 10_000  # parts that a round trip reads at most: they have to come in time
+MANY = 10_000  # parts that a round trip reads at most, so that they arrive in time
 PATIENCE = 2.0  # seconds that a round trip may take; a request waits for twice as long
-BEAT, GONE = 1.5, 6.0  # seconds of silence until an empty delta is put, and until it is given up
-FINISH = 5.0  # seconds that a server which is asked to stop goes on with its answers
-# Put parts if there are as many as expected before them. If there are fewer, Redis has lost some in
-# a failover: the next round puts all from there on. So there is never a hole. Less than 0: put the
-# end, however many there are (-1), or instead of them (-2).
+BEAT, GONE = 1.5, 6.0  # after so many seconds of silence: put an empty delta; give the answer up
+FINISH = 5.0  # seconds for which a stopping server continues its answers
+# Put parts if Redis has as many as expected. If it has fewer, it has lost some in a failover: the
+# next round puts all from there on, so there is never a hole. If the expected number is negative,
+# put the end after all parts (-1), or replace them with it (-2).
 PUT = """
 local expected = tonumber(ARGV[2])
 if expected == -2 then redis.call('DEL', KEYS[1]) end
@@ -48,12 +48,12 @@ class Answer(answers.Answer):
         super().__init__(response_id)
         self.place, self.silent = "0-0", 0.0  # the id of the last part read; seconds since then
         self.more = False  # whether there was more than the last round has read
-        self.parts: list[str] = []  # what is put here: the id of a part, and the part, in turn
-        self.there = -1  # how many parts Redis has; less than 0: see PUT
+        self.parts: list[str] = []  # what is put here: id, part, id, part, …
+        self.there = -1  # how many parts Redis has; negative: see PUT
         self.asked = 0.0  # when somebody last asked for it
 
     def add_part(self, kind: str, value: Any = None) -> None:
-        """Put a part in the next round. It is taken in when it is read from Redis."""
+        """Put a part in the next round. Readers get it when it has been read from Redis."""
         if END not in self.parts[-2:]:
             number = f"0-{len(self.parts) // 2 + 1}" if kind in ("response", "delta") else END
             self.parts += (number, json.dumps([kind, value]))
@@ -69,7 +69,7 @@ class RedisStore(answers.Store):
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Do the rounds. At the end, go on for a while with what is made here."""
+        """Do the rounds. At shutdown, continue for a while with the answers that are made here."""
         rounds = asyncio.create_task(common.keep_going("answers", self.go_round, 0.5))
         yield
         end, made = time.monotonic() + FINISH, [a for a in self.here.values() if a.maker]
@@ -95,7 +95,7 @@ class RedisStore(answers.Store):
     async def put(self, answer: Any, kind: str, value: Any = None) -> None:
         answer.add_part(kind, value)
         while kind == "delta" and len(answer.parts) > 2 * answer.there + 40:
-            await answer.news.wait()  # a model waits until Redis keeps up
+            await answer.news.wait()  # the model waits until Redis keeps up
 
     async def sync(self, answer: Any) -> None:
         """Wait for a round that begins after this call."""
@@ -119,12 +119,12 @@ class RedisStore(answers.Store):
         began = time.monotonic()
         for answer in list(self.here.values()):
             if not answer.frames and answer.asked < began - 2 * PATIENCE:
-                del self.here[answer.id]  # there is none, and nobody waits for it any longer
+                del self.here[answer.id]  # it does not exist, and nobody waits for it
         made_or_read = list(self.here.values())
         for start in range(0, len(made_or_read), 100):  # so that a round trip never takes long
             await self.exchange({f"answers:{a.id}": a for a in made_or_read[start : start + 100]})
         for answer in made_or_read:
-            # While Redis is away nobody can put anything. Half a second of that time counts.
+            # While Redis is away, nobody can put a part: at most half a second of that counts.
             answer.silent += min(began - self.last_round, 0.5)
             if answer.maker and answer.silent > BEAT:
                 answer.add_part("delta", "")
@@ -138,7 +138,7 @@ class RedisStore(answers.Store):
         puts = {key: a.parts[2 * a.there : 2 * a.there + 200] for key, a in some.items()}
         puts = {key: parts for key, parts in puts.items() if parts}
         async with asyncio.timeout(PATIENCE), self.redis.pipeline(transaction=False) as pipeline:
-            # A write, so that Redis says so if it takes none: it is a replica, or full.
+            # This write fails if Redis accepts none, because it is a replica or full.
             pipeline.set("answers:none", "", px=1)
             for key, parts in puts.items():
                 pipeline.eval(PUT, 1, key, answers.KEEP, some[key].there, *parts)

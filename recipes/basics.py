@@ -21,8 +21,8 @@ from recipes.common import prepare
 
 app = FastAPI(title="The basics of streaming")
 prepare(app)
-# Without it, a reload waits for open streams. Plain text cannot say that it was ended early: leave
-# it out of the list if a reader could take a part for the complete text.
+# Without it, a reload waits for open streams. Plain text cannot show that it was ended early: leave
+# "text/plain" out if a reader could mistake a part for the complete text.
 app.add_middleware(EndStreams, media_types=("text/event-stream", "text/plain"))
 
 
@@ -70,7 +70,7 @@ def events() -> Stream:
     return Stream(three_events(), media_type="text/event-stream")
 
 
-# The exercises of recipes/README.md ---------------------------------------------------------------
+# The exercises of basics.md -----------------------------------------------------------------------
 
 LINES = ["alpha", "beta", "gamma"]
 
@@ -83,7 +83,7 @@ def lines() -> Stream:
 
 @app.get("/broken", response_class=Stream)
 def broken() -> Stream:
-    """The same as server-sent events, but wrong: a browser sees none of them."""
+    """The same as server-sent events, but with a mistake: a browser sees none of them."""
     return Stream((f"data: {line}\n" for line in LINES), media_type="text/event-stream")
 
 

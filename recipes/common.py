@@ -38,7 +38,7 @@ logger = logging.getLogger("uvicorn.error")  # a recipe logs where its server do
 
 
 def prepare(app: FastAPI, page: str | None = None) -> None:
-    """Add the limit, the 422 and the pages to an app; without a page, `/` leads to /docs."""
+    """Add the limit, the 422 and the pages to an app. Without a page, `/` redirects to /docs."""
     app.add_middleware(LimitBodies)
     app.add_exception_handler(RequestValidationError, invalid_input)  # type: ignore[arg-type]
     app.mount("/pages", PageFiles(directory=PAGES))
@@ -53,8 +53,8 @@ def prepare(app: FastAPI, page: str | None = None) -> None:
 class LimitBodies:
     """Refuse a body over MAX_BODY with 413 before it is in memory.
 
-    Starlette's RequestBodyLimitMiddleware does that too, but always in plain text. Here, the app's
-    own handler for an HTTPException makes the answer, so that it looks like the app's other errors.
+    Starlette's RequestBodyLimitMiddleware does that too, but always answers in plain text. Here the
+    app's own handler for an HTTPException answers, as it does for the app's other errors.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -79,8 +79,8 @@ class LimitBodies:
 
         async def answer(message: Message) -> None:
             if unread and message["type"] == "http.response.body":
-                # To close a connection with an unread body resets it, and many clients read no
-                # answer before they have sent all: RFC 9112, section 9.6. So throw the rest away.
+                # Closing a connection with an unread body resets it (RFC 9112, section 9.6), and
+                # many clients send everything before they read. So read the rest and drop it.
                 await send({**message, "more_body": True})
                 while (await receive()).get("more_body"):
                     pass
@@ -104,7 +104,7 @@ class PageFiles(StaticFiles):
 
 
 async def invalid_input(_: Request, error: RequestValidationError) -> Response:
-    """Answer FastAPI's 422, even if it repeats an input that JSON or UTF-8 cannot hold.
+    """Send FastAPI's 422, even if it repeats an input that JSON or UTF-8 cannot encode.
 
     FastAPI answers 500 to `NaN`, `1e400` and `"\\ud800"` in a body:
     https://github.com/fastapi/fastapi/issues/459
@@ -127,7 +127,7 @@ class ASCIIResponse(JSONResponse):
 async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: float = 1.0) -> None:
     """Await `work()` again and again; log each exception in one line, and go on after `pause` s.
 
-    Nobody sees the exception of a background task: without this, it would end silently.
+    Without this, a background task would end silently at its first exception.
     """
     while True:
         try:
@@ -137,7 +137,7 @@ async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: fl
             await asyncio.sleep(pause)
 
 
-# What a message of the OpenAI API says: a text, or parts of it.
+# The content of a message in the OpenAI API: a text, or a list of its parts.
 
 
 class Part(BaseModel):
@@ -146,7 +146,7 @@ class Part(BaseModel):
 
 
 def join_parts(content: object) -> object:
-    """Return the text of a list of parts, and anything else as it is."""
+    """Return the text of a list of parts; return anything else unchanged."""
     if not isinstance(content, list):
         return content
     return "\n".join(Part.model_validate(part).text for part in content)
@@ -174,7 +174,7 @@ def openai_error(status: int, message: str, said: bytes = b"", **fields: Any) ->
 
 
 def use_openai_errors(app: FastAPI) -> None:
-    """Give all errors of an app that shape. Bad input is then a 400, as in that API."""
+    """Send all errors of an app in that format. Bad input is then a 400, as in that API."""
 
     @app.exception_handler(StarletteHTTPException)
     async def tell(_: Request, error: StarletteHTTPException) -> Response:
@@ -191,7 +191,7 @@ def use_openai_errors(app: FastAPI) -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the error's name and first line. (PostgreSQL adds its statement in further lines.)"""
+    """Return the error's name and first line. (PostgreSQL adds the statement on further lines.)"""
     nothing_said = "it took too long" if isinstance(error, TimeoutError) else "no reason given"
     why = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {why or nothing_said}"
@@ -216,7 +216,7 @@ def database_url(default: str) -> str:
 
 
 def is_readable(url: str) -> bool:
-    """Return whether libpq finds a database's name, and no part of the password elsewhere."""
+    """Return whether libpq finds a database's name, and the password only in its own place."""
     from psycopg import Error
     from psycopg.conninfo import conninfo_to_dict
 
@@ -243,22 +243,22 @@ def upstream() -> tuple[str, str, Any]:
     if not valid:
         raise SystemExit("UPSTREAM_URL must be an address such as https://api.openai.com/v1.")
     if not re.fullmatch("[!-~]*", key):
-        raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it once more.")
+        raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it again.")
     # A new connection each time: one that was kept may just have been closed (RFC 9112, 9.5).
     limits = httpx2.Limits(max_keepalive_connections=0)
     try:
-        # Without an upstream, only this machine is asked, and no proxy leads there.
+        # Without an upstream, the server is on this machine, so the proxy variables are ignored.
         client = httpx2.AsyncClient(limits=limits, trust_env=bool(url))
     except Exception:  # its message may contain the password of a proxy
         raise SystemExit(
-            "UPSTREAM_URL cannot be asked: one of SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE, "
+            "UPSTREAM_URL cannot be used: one of SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE, "
             "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY is wrong (for a SOCKS proxy, install socksio)."
         ) from None
     return url.rstrip("/"), key, client
 
 
 def upstream_error(error: BaseException) -> HTTPException:
-    """Return what to tell a reader of an error of httpx2."""
+    """Return the error that a reader gets for an error of httpx2."""
     import httpx2
 
     logger.warning("upstream: %s: %.200s", type(error).__name__, error)
@@ -272,9 +272,9 @@ def upstream_error(error: BaseException) -> HTTPException:
 def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
     """Return a client for an address of redis-py, or redis+sentinel://:PASSWORD@HOST:PORT/NAME.
 
-    It waits forever: put a time limit around each command. A command that is tried again after an
-    error may run twice. A connection is closed if its server says that it has become a replica:
-    after a failover, another server may be behind the same address.
+    It has no timeouts: put a time limit around each command. With `retries`, a command may run
+    twice. If a server says that it has become a replica, its connection is closed: after a
+    failover, another server may be behind the same address.
     """
     from redis.asyncio import Redis, Sentinel
     from redis.asyncio.retry import Retry
@@ -283,12 +283,12 @@ def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
 
     options: dict[str, Any] = {"max_connections": connections, "decode_responses": True}
     options |= {"retry": Retry(NoBackoff(), retries), "retry_on_error": [ReadOnlyError]}
-    # For a limit of its own redis-py uses asyncio.wait_for. In Python 3.11 that may overlook that
-    # its task is cancelled: https://github.com/python/cpython/issues/86296.
+    # redis-py's own timeouts use asyncio.wait_for, which may miss a cancellation in Python 3.11:
+    # https://github.com/python/cpython/issues/86296.
     options |= {"socket_timeout": None, "socket_connect_timeout": None}
     # Protocol 3 notices a broken connection only when it is used.
     options |= {"protocol": 2, "encoding_errors": "replace"}
-    # A raw / ? or # in the password would make a part of it the host or the port.
+    # With a raw / ? or # in the password, a part of it would become the host or the port.
     spelling = r"rediss?://[^/?#]*(/\d*)?(\?\w+=[^#]*)?"
     spelling += r"|rediss?\+sentinel://[^/?#]+/[^/?#]+|unix://.*/.+"
     try:

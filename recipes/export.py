@@ -1,14 +1,14 @@
 """A table of any size as a download, CSV or NDJSON, in little memory.
 
-Take it when people or programs want all rows at once. For rows that are still to come, take a
-stream with ids (feed). If it takes minutes to make the rows, take a task (long_task).
+Use it when people or programs want all rows at once. For rows that are still to come, use a
+stream with ids (feed). If it takes minutes to compute the rows, use a task (long_task).
 
     uvicorn recipes.export:app --reload
     curl -OJ localhost:8000/orders.csv
     curl "localhost:8000/orders.ndjson?after=999998"
 
-`after` is the id of the last complete row that a reader has: a download that was cut goes on there.
-`DATABASE_URL` is postgresql://… or sqlite:///FILE. Without it, the recipe makes a file, orders.db.
+`after` is the id of the last complete row that a reader has: a cut download resumes there.
+`DATABASE_URL` is postgresql://… or sqlite:///FILE. Without it, the recipe creates orders.db.
 """
 
 import asyncio
@@ -32,15 +32,15 @@ DATABASE_URL = database_url(default=f"sqlite:///{FILE}")
 IS_POSTGRES = DATABASE_URL.startswith("postgresql:")
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 COLUMNS = "id,customer,note,quantity,cents"
-CHUNK = 128 * 1024  # bytes: a download has so many in memory, and the rest of a row
-ANSWER = 4.0  # seconds until the database has to begin its answer
-PATIENCE = 60.0  # seconds for which a download may then stand still
-connections = asyncio.Semaphore(10)  # each download has one until its end
+CHUNK = 128 * 1024  # bytes that a download holds in memory, plus the rest of a row
+ANSWER = 4.0  # seconds in which the database has to begin its answer
+PATIENCE = 60.0  # seconds for which a download may then stall
+connections = asyncio.Semaphore(10)  # each download holds one until its end
 After = Annotated[int | None, Query(ge=0, le=2**63 - 1)]  # an id in either database
 
 
 def to_field(value: object) -> str:
-    """Return a value as RFC 4180 has it. (The csv module looks at each character: that is slow.)"""
+    """Return a value as a field of RFC 4180. (The csv module is slow: it checks each character.)"""
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str) and ("," in value or '"' in value or "\n" in value or "\r" in value):
@@ -49,11 +49,11 @@ def to_field(value: object) -> str:
 
 
 def read_sqlite(form: str, where: str, limit: asyncio.Timeout) -> Generator[bytes]:
-    """Yield the rows in chunks. The first is empty: it says that the database begins to answer."""
-    # rw does not make a missing file. (With ro, SQLite could not undo what a crash left behind.)
+    """Yield the rows in chunks. The first is empty: it shows that the answer has begun."""
+    # rw does not create a missing file. (With ro, SQLite could not roll back after a crash.)
     uri = Path(DATABASE_URL.removeprefix("sqlite:///")).absolute().as_uri() + "?mode=rw"
     with closing(sqlite3.connect(uri, uri=True, timeout=2, check_same_thread=False)) as connection:
-        connection.set_progress_handler(limit.expired, 100_000)  # SQLite asks while it computes
+        connection.set_progress_handler(limit.expired, 100_000)  # SQLite calls it as it computes
         rows = connection.execute(f"SELECT {COLUMNS} FROM orders {where} ORDER BY id")
         yield b""
         chunk = bytearray(b"" if where or form == NDJSON else f"{COLUMNS}\r\n".encode())
@@ -80,23 +80,23 @@ async def end_query(connection: AsyncConnection, when: float = 0) -> None:
 
 
 async def read_postgres(form: str, where: str, limit: asyncio.Timeout) -> AsyncGenerator[bytes]:
-    """Yield the same. PostgreSQL writes both formats itself, whatever the types."""
+    """Yield the same from PostgreSQL, which writes both formats itself, whatever the types."""
     rows = f"SELECT {COLUMNS} FROM orders {where}"
     options, end = f"HEADER {not where}", b"\r\n"
     if form == NDJSON:
         # JSON has no control characters, except line breaks in a column of type json. With two of
-        # them for quote and delimiter, COPY leaves it as it is.
+        # them as quote and delimiter, COPY does not change it.
         rows = rf"SELECT translate(row_to_json(o)::text, E'\n\r', '  ') FROM ({rows}) o"
         options, end = r"QUOTE E'\x01', DELIMITER E'\x02'", b"\n"
     copy_rows = f"COPY ({rows} ORDER BY id) TO STDOUT (FORMAT csv, {options})".encode()
     connect = AsyncConnection.connect(DATABASE_URL, client_encoding="UTF8", connect_timeout=2)
     async with await connect as connection:
-        late = (limit.when() or 0) - 1.5  # then there is a second left to cancel, and to spare
+        late = (limit.when() or 0) - 1.5  # leaves one second to cancel, and a reserve
         unanswered = asyncio.create_task(end_query(connection, late))
         async with connection.cursor().copy(copy_rows) as copy:
             unanswered.cancel()
             if asyncio.get_running_loop().time() >= late:
-                raise TimeoutError  # COPY has begun with the error that it was cancelled
+                raise TimeoutError  # the query was cancelled, and COPY begins with that error
             try:
                 yield b""
                 chunk = bytearray()
@@ -106,13 +106,13 @@ async def read_postgres(form: str, where: str, limit: asyncio.Timeout) -> AsyncG
                         yield bytes(chunk)
                         chunk.clear()
                 yield bytes(chunk)
-            finally:  # or psycopg would read all that is still to come
+            finally:  # otherwise psycopg would read all remaining rows
                 await end_query(connection)
                 await connection.close()
 
 
 class Download(Stream):
-    """A `Stream` without the headers of one: a proxy may compress a download, and buffer it."""
+    """A `Stream` without its headers: a proxy may compress and buffer a download."""
 
     def __init__(self, name: str, form: str, after: int | None = None) -> None:
         self.name, self.limit = name, asyncio.timeout(ANSWER)
@@ -128,7 +128,7 @@ class Download(Stream):
         return super().render(chunk)
 
     async def stream_response(self, send: Send) -> None:
-        """Send the rows, or 503. If something fails later, the body gets no end: it was cut."""
+        """Send the rows, or 503. If something fails later, the body is cut: it gets no end."""
         outcome = "got 503"
         try:
             async with self.limit, connections:
@@ -144,12 +144,12 @@ class Download(Stream):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Make the recipe's own file once, and look whether the orders can be read."""
+    """Create the recipe's own file once, and check that the orders can be read."""
     try:
         if DATABASE_URL.endswith(str(FILE)):
             with closing(sqlite3.connect(FILE, timeout=60)) as connection:
                 if not connection.execute("PRAGMA table_info(orders)").fetchone():
-                    logger.info("Making %s with 1,000,000 orders: takes a few seconds.", FILE)
+                    logger.info("Creating %s with 1,000,000 orders. It takes a few seconds.", FILE)
                     connection.executescript(FILE.with_suffix(".sql").read_text())
         download = Download("orders.csv", CSV)
         async with download.limit, aclosing(download.rendered):
@@ -166,11 +166,11 @@ prepare(app)
 
 @app.get("/orders.csv", response_class=Response, responses={200: {"content": {CSV: {}}}})
 async def orders_csv(after: After = None) -> Download:
-    """All orders, or those after an id: then without the line of names, to be put behind it."""
+    """All orders, or those after an id, without the line of names, so that you can append them."""
     return Download("orders.csv", CSV, after)
 
 
 @app.get("/orders.ndjson", response_class=Response, responses={200: {"content": {NDJSON: {}}}})
 async def orders_ndjson(after: After = None) -> Download:
-    """The same, a JSON object on each line."""
+    """The same, one JSON object per line."""
     return Download("orders.ndjson", NDJSON, after)

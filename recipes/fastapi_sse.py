@@ -1,8 +1,8 @@
 """FastAPI's own server-sent events: an endpoint yields items, FastAPI makes events of them.
 
 Use it for tens or hundreds of readers: you write no frames by hand, the items are checked and
-described in /docs, and a silent stream is kept alive. For thousands, use `main.py`'s `/sse`, where
-an event costs a tenth.
+described in /docs, and a silent stream is kept alive. For thousands, use `main.py`'s `/sse`, which
+needs a tenth of the CPU.
 
 Run `uvicorn recipes.fastapi_sse:app --reload`, then `curl -N localhost:8000/items/events`.
 """
@@ -66,7 +66,7 @@ ITEMS = [Item(name=n, price=p) for n, p in ((Name.CUP, 2.5), (Name.POT, 19), (Na
 
 
 def first_left(last_event_id: Annotated[str, Header(pattern="^[0-9]{0,18}$")] = "") -> int:
-    """Return where to go on, or answer 204. In an endpoint that yields, a 204 would come too late.
+    """Return where to resume, or answer 204. In an endpoint that yields, a 204 would be too late.
 
     An empty `Last-Event-ID` counts as absent.
     """
@@ -77,7 +77,7 @@ def first_left(last_event_id: Annotated[str, Header(pattern="^[0-9]{0,18}$")] = 
 
 
 def catalogue() -> Iterator[list[Item]]:
-    """Open what has to be closed, such as a database session; close it when the reader leaves.
+    """Open a resource, such as a database session, and close it when the reader leaves.
 
     The endpoint's own `finally` may run late: FastAPI leaves a sync generator, and an async one
     with a slow reader, to Python's garbage collector.

@@ -75,7 +75,7 @@ class Channel:
         self.wake_within(GATHER)
 
     def find(self, after: str, last: int) -> int:
-        """Return the place after an id, or that of the last few. 0: the id is unknown here."""
+        """Return the place after an id, or of the last few events. 0: the id is unknown here."""
         known = [self.floor, *self.ids]
         if after:
             return self.first + known.index(after) if after in known else 0
@@ -128,7 +128,7 @@ async def read(channel: Channel, fresh: bool, after: str, last: int) -> AsyncGen
             yield KEEP_ALIVE  # the log cannot be read now; it may contain the id
             await asyncio.sleep(1)
             channel, fresh = await log.open(channel.name)
-        # An id without an event: to go on from if the connection breaks before the first event.
+        # An id without an event, to resume from if the connection breaks before the first event.
         last_id = after or [channel.floor, *channel.ids][place - channel.first]
         yield f"retry: 1000\nid: {last_id}\n\n".encode()
         while True:
@@ -216,5 +216,5 @@ async def feed(
 ) -> Response:
     """All events from now on, or all after an id, as server-sent events."""
     found = await log.open(channel)
-    # An `EventSource` that reconnects sends the header, and the same URL again.
+    # When an `EventSource` reconnects, it sends the header, and the same URL again.
     return Stream(read(*found, last_event_id or since, last), media_type="text/event-stream")

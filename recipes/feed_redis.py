@@ -1,6 +1,6 @@
 """The log of feed.py in Redis: a stream for each channel, any number of processes and machines.
 
-Pub/Sub is only a bell. A lost bell delays its event: all channels are read every five seconds.
+Pub/Sub is only a bell. If it is lost, the event is late: all channels are read every five seconds.
 
 There are three connections, however many readers and channels: one posts, one reads, one hears the
 bell. After any error on a connection, even in an answer, the next command opens a new one: after a
@@ -50,7 +50,7 @@ class RedisLog(Log):
     """The streams in Redis, and what this process has read of those that have readers here."""
 
     def __init__(self, url: str) -> None:
-        self.channels = WeakValueDictionary()  # a reader keeps its channel
+        self.channels = WeakValueDictionary()  # a reader keeps its channel alive
         self.poster, self.reader, self.bell = (connect_to_redis(url, 1) for _ in range(3))
         self.posts: list[tuple[tuple[Command, ...], asyncio.Future[Any]]] = []  # not yet sent
         self.posting: asyncio.Task[None] | None = None
@@ -72,7 +72,7 @@ class RedisLog(Log):
             raise LogIsAway from error
 
     async def post(self) -> None:
-        """Send all posts that wait in one pipeline, so that a hundred take as long as one."""
+        """Send all waiting posts in one pipeline, so that a hundred take as long as one."""
         while self.posts:
             some, self.posts = [each for each in self.posts if not each[1].done()], []
             try:
@@ -114,10 +114,10 @@ class RedisLog(Log):
                         self.ring(message["data"])
 
     async def follow(self) -> None:
-        """Append the new events of channels that rang, the latest first: bells before routine."""
+        """Append the new events of channels that rang, the latest first: bells before checks."""
         await self.ringing.wait()
         rang: list[tuple[Channel, asyncio.Event]] = []
-        # Up to 20 at once, but one that was not read yet alone: it may have 30 MB of events.
+        # Up to 20 at once, but none after a channel that was never read: that may have 30 MB.
         while self.rang and len(rang) < 20 and all(channel.floor for channel, _ in rang):
             name, read = self.rang.popitem()
             if channel := self.channels.get(name):

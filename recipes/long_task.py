@@ -1,8 +1,8 @@
 """Minutes of work that outlive the request, the reader and the server.
 
-A report, a video, a model's training. The request only writes down what is to be done, and is
-answered at once. The work goes on whether or not somebody watches, and after a crash it goes on
-where it was. If the work may end with its reader, or takes only seconds, a generator is enough:
+A report, a video, a model's training. The request only records what is to be done, and is answered
+at once. The work continues whether or not somebody watches, and after a crash it resumes where it
+was. If the work may end with its reader, or takes only seconds, a generator is enough:
 recipes/basics.py.
 
 Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost:8000, or
@@ -10,9 +10,9 @@ Run it with `uvicorn recipes.long_task:app --reload`, then open http://localhost
     curl localhost:8000/tasks --json '{"parts": 9, "seconds": 1}'
     curl -N localhost:8000/tasks/ID/events
 
-DBOS keeps what each part returned in a database: SQLite in a file next to this one, or PostgreSQL
-for more than one machine, DATABASE_URL=postgresql://user:password@host/database. It is waited for
-while it is away: long_task_database.py.
+DBOS keeps the result of each part in a database: SQLite in a file next to this one. For more than
+one machine, use PostgreSQL: DATABASE_URL=postgresql://user:password@host/database. If the database
+is away, the tasks wait for it: long_task_database.py.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from recipes import long_task_database as database
 from recipes.common import keep_going, logger, prepare
 from recipes.long_task_database import NAME, ask
 
-POLL = 0.25  # seconds from one look at the tasks that have readers to the next
-LOOK = 1.0  # seconds from one look for tasks that nobody works on to the next
-DEATHS = 3  # servers that did not survive the same part; then its task has failed
+POLL = 0.25  # seconds between two looks at the tasks that have readers
+LOOK = 1.0  # seconds between two looks for tasks that nobody works on
+DEATHS = 3  # a task fails when so many servers have died in the same part
 KEEP = timedelta(days=7)  # from the end of a task until it is deleted
 KEEP_ALIVE = 10.0  # seconds of silence, then a comment
-OURS: Any = {"name": NAME, "application_name": NAME}  # the workflows here; others are left alone
+OURS: Any = {"name": NAME, "application_name": NAME}  # our workflows; others are left alone
 
 
 # 1. The work --------------------------------------------------------------------------------------
@@ -47,10 +47,10 @@ OURS: Any = {"name": NAME, "application_name": NAME}  # the workflows here; othe
 
 @DBOS.step(retries_allowed=True, max_attempts=3)  # with pauses of 1 and 2 seconds
 async def work(part: int, seconds: float) -> float:
-    """Do one part of the work. Yours goes here; what blocks goes through `asyncio.to_thread`.
+    """Do one part of the work. Put yours here; call what blocks with `asyncio.to_thread`.
 
-    A part in which the server dies is done again, so a second run must do no harm: write to a file
-    named after the part, insert with ON CONFLICT DO NOTHING.
+    If the server dies, the part is done again. So a second run must do no harm: write to a file
+    named after the part, or insert with ON CONFLICT DO NOTHING.
     """
     await asyncio.sleep(seconds)
     return seconds
@@ -58,11 +58,11 @@ async def work(part: int, seconds: float) -> float:
 
 @DBOS.workflow(name=NAME, max_recovery_attempts=None)  # `rescue` has a limit for each part
 async def long_task(parts: int, seconds: float) -> dict[str, float]:
-    """Do all parts. After a crash it runs from its top, but no step that is done is done again."""
+    """Do all parts. After a crash it runs from its top, but skips the steps that are done."""
     worked = 0.0
     try:
         for part in range(parts):
-            # One step for each part, so that the number of steps is how far the task is.
+            # One step for each part, so the number of steps is the progress of the task.
             worked += await work(part, seconds)
     except error.DBOSMaxStepRetriesExceeded as problem:
         logger.error("Task %s has failed", DBOS.workflow_id, exc_info=problem.errors[-1])
@@ -86,10 +86,10 @@ OVER: dict[str, Any] = {"SUCCESS": "done", "CANCELLED": "cancelled", "ERROR": "f
 
 
 def read_tasks(task_ids: list[str]) -> dict[str, Task]:
-    """Return those of these tasks that there are, with two queries for any number of them."""
+    """Return those of these tasks that exist, with two queries for any number of them."""
     tasks = {}
     workflows: list[Any] = DBOS.list_workflows(workflow_ids=task_ids, **OURS)
-    done = database.count_steps(task_ids)  # asked last, so that what is over has all its parts
+    done = database.count_steps(task_ids)  # last, so that a finished task has all its parts
     for workflow in workflows:
         problem = (workflow.attributes or {}).get("error") or workflow.error
         tasks[workflow.workflow_id] = Task(
@@ -164,7 +164,7 @@ prepare(app, page="long_task.html")
 @app.exception_handler(SQLAlchemyError)
 @app.exception_handler(TimeoutError)
 async def database_away(_: Request, problem: Exception) -> Response:
-    """Nobody knows now whether something was done. It can be asked for again, with the same key."""
+    """The request may have been carried out or not. Send it again, with the same key."""
     return JSONResponse({"detail": "The database is away."}, 503, {"Retry-After": "5"})
 
 
@@ -174,7 +174,7 @@ class NewTask(BaseModel):
 
 
 def enqueue(task_id: str, *args: Any) -> Any:
-    """Write down what is to be done, unless that was done before. Return what is written there."""
+    """Record a task, unless there is one with this id. Return the arguments that are recorded."""
     with SetWorkflowID(task_id):
         handle: Any = DBOS.enqueue_workflow(NAME, long_task, *args)
     return handle.get_status().input["args"]
@@ -190,7 +190,7 @@ async def start(
     new: NewTask, response: Response, idempotency_key: Annotated[str, Header()] = ""
 ) -> dict[str, str]:
     """Start a task. If you got no answer, send it again: the same key gives the same task."""
-    # Without the servers' secret nobody can tell the id from the key.
+    # Without the servers' secret, nobody can work out the id from the key.
     task_id = str(uuid5(database.secret, idempotency_key) if idempotency_key else uuid4())
     args = new.parts, new.seconds
     if await ask(enqueue, task_id, *args) != args:
@@ -208,7 +208,7 @@ async def show(task_id: UUID) -> Task:
 
 @app.delete("/tasks/{task_id:uuid}", status_code=202)
 async def cancel(task_id: UUID) -> Task:
-    """Let a task stop before its next part."""
+    """Stop a task before its next part."""
     task = await show(task_id)
     await ask(DBOS.cancel_workflow, task.task_id)
     return await show(task_id)
@@ -242,7 +242,7 @@ async def look_after_tasks() -> None:
 def rescue() -> None:
     """Put the tasks of dead servers back into the queue, or let them fail.
 
-    If a server lives after all, DBOS refuses what it returns, and nothing is twice in the stream.
+    If a server is alive after all, DBOS refuses its results, so nothing is in the stream twice.
     """
     tasks: list[Any] = DBOS.list_workflows(**OURS, status="PENDING", load_input=False)
     dead = database.find_dead({task.executor_id for task in tasks})
@@ -251,7 +251,7 @@ def rescue() -> None:
         same = {"workflow_ids": [task.workflow_id], "executor_id": task.executor_id}
         if task.executor_id in dead and DBOS.list_workflows(**same, status="PENDING"):
             part = database.count_steps([task.workflow_id]).get(task.workflow_id, 0)
-            # In which parts servers died.
+            # The parts in which servers died.
             deaths = [*(task.attributes or {}).get("deaths", []), part]
             if deaths.count(part) < DEATHS:
                 DBOS.update_workflow_attributes(task.workflow_id, {"deaths": deaths})

@@ -1,4 +1,4 @@
-"""The database of long_task, SQLite or PostgreSQL: it may go away, and its servers may die.
+"""The database of long_task, SQLite or PostgreSQL: what to do if it goes away, or a server dies.
 
 Nothing here is about tasks. You can read long_task.py without it, or use it for other workflows.
 """
@@ -38,13 +38,13 @@ SERVER = str(uuid4())  # the name of this process, which no other ever has
 missing: set[str] = set()  # the servers that were not found at the last look
 # `launch` sets these.
 engine: sa.Engine
-secret: UUID  # that all servers with this database have in common
-locks: IO[str]  # with SQLite: a file, of which each server that lives has locked a byte
+secret: UUID  # all servers with this database share it
+locks: IO[str]  # with SQLite: a file in which each live server has locked a byte
 T = TypeVar("T")
 
 
 async def ask(question: Callable[..., T], *args: Any) -> T:
-    """Ask the database, for 4 seconds at most, without holding up the event loop."""
+    """Ask the database, for 4 seconds at most, without blocking the event loop."""
     return await asyncio.wait_for(asyncio.to_thread(question, *args), 4)
 
 
@@ -80,11 +80,11 @@ def launch() -> None:
             "name": NAME,
             "system_database_engine": engine,
             "serializer": DBOSPortableJSONSerializer(),  # the default is pickle
-            # By default a hash of the code: an edit would leave what is running behind.
+            # The default is a hash of the code: after an edit, running tasks would be left behind.
             "application_version": "1",
             "executor_id": SERVER,
             "use_listen_notify": False,
-            "log_level": "CRITICAL",  # the recipe itself tells what is wrong
+            "log_level": "CRITICAL",  # the recipe itself reports what is wrong
         }
     )
     DBOS.launch()
@@ -101,14 +101,14 @@ def wait_while_it_is_away() -> None:
     def wait(context: sa.engine.ExceptionContext) -> None:
         if isinstance(context.sqlalchemy_exception, exc.IntegrityError | exc.DataError):
             return
-        # DBOS tries again where a connection is lost, the first time within two seconds, later with
-        # pauses of up to 90. By any other error the workflow would fail, also if the database is
+        # After a lost connection DBOS tries again, the first time within two seconds, later with
+        # pauses of up to 90. Any other error would fail the workflow, even if the database is only
         # read-only, full, or without its tables.
         context.is_disconnect = True
         if IS_SQLITE and context.connection:
-            with suppress(Exception):  # or it keeps the lock that `probe` needs
+            with suppress(Exception):  # otherwise it keeps the lock that `probe` needs
                 context.connection.connection.rollback()
-        engine.dispose()  # what is idle may lead to a server that is now a replica
+        engine.dispose()  # an idle connection may lead to what is now a replica
         while True:
             with suppress(exc.SQLAlchemyError), probe.begin() as connection:
                 connection.execute(write)
@@ -117,13 +117,13 @@ def wait_while_it_is_away() -> None:
 
 
 def make_what_is_missing() -> None:
-    """Make the tables and the queue, if there are none: the database may have come back empty."""
+    """Create missing tables and the queue: the database may have come back empty."""
     DBOS.migrate(engine.url.render_as_string(hide_password=False))
     DBOS.register_queue(NAME, worker_concurrency=100, on_conflict="always_update")
 
 
 def stop() -> None:
-    """Hand over what this server works on: what is left behind counts as a death."""
+    """Hand over this server's tasks: a task that is left behind would count as a death."""
     DBOS.destroy()
     client = DBOSClient(system_database_engine=engine, lazy=True)
     mine = client.list_workflows(name=NAME, status="PENDING", executor_id=SERVER, load_input=False)
@@ -133,8 +133,8 @@ def stop() -> None:
 def find_dead(servers: set[str]) -> set[str]:
     """Return which of these servers are dead, however slow the others are.
 
-    Until its process ends, a server has sessions in PostgreSQL, which bear its name. With SQLite it
-    has locked a byte. Sessions may be lost and made again, so only a second look is believed.
+    Until its process ends, a server has sessions in PostgreSQL under its name. With SQLite, it has
+    locked a byte. Sessions may be lost and opened again, so only a second look counts.
     """
     global missing
     if IS_SQLITE:
@@ -156,7 +156,7 @@ def lock(server: str) -> bool:
 
 
 def count_steps(workflow_ids: list[str]) -> dict[str, int]:
-    """Return how many steps of these workflows are done, of each that has any."""
+    """Return how many steps are done, for each of these workflows that has any."""
     # DBOS has no function for this, but documents its tables:
     # https://docs.dbos.dev/explanations/system-tables
     count = sa.text(

@@ -1,6 +1,6 @@
--- The orders that recipes/export.py shows: commas, quotes, line breaks, NULL, an empty string and
--- other alphabets, all of which has to survive. In one transaction: if a server that fills the table
--- is killed, there is none, and the next server fills it. One that comes second finds it full.
+-- The orders of recipes/export.py. They contain commas, quotes, line breaks, NULL, an empty string
+-- and other alphabets, all of which have to survive. This is one transaction: if the server is killed
+-- meanwhile, there is no table, and the next server fills it. A second server finds the table full.
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS orders (
     id INTEGER PRIMARY KEY,

@@ -22,12 +22,12 @@ logger = logging.getLogger("uvicorn.error")  # `uvicorn --log-level debug` shows
 
 
 def to_tokens(text: str) -> list[str]:
-    """Cut a text into words, each with the space before it, and signs. No character is lost."""
+    """Cut a text into words (with the space before) and punctuation. No character is lost."""
     return re.findall(r" ?\w+|\s|[^\w\s]", text)
 
 
 async def parrot(text: str) -> AsyncGenerator[str]:
-    """Yield the text again, a token each SECONDS_PER_TOKEN. Close it, and it stops at once."""
+    """Yield the text again, a token every SECONDS_PER_TOKEN. Close it, and it stops at once."""
     tokens = to_tokens(text)
     made = 0
     logger.debug("the parrot begins: %d tokens", len(tokens))

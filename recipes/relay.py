@@ -3,7 +3,7 @@
 It passes on bytes in both directions, without rules of its own. It adds three things: its key; a
 comment after each 10 seconds of silence; an error if an answer is incomplete or not an answer.
 Run it with `UPSTREAM_URL=https://api.openai.com/v1 UPSTREAM_KEY=… uvicorn recipes.relay:app`.
-Without `UPSTREAM_URL` it relays `tokens`. Everybody who can reach it uses your key: see relay.md.
+Without `UPSTREAM_URL` it relays `tokens`. Anybody who can reach it can use your key: see relay.md.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from recipes.common import (
 from recipes.parrot import serve_parrot
 
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
-STALLED_AFTER = 300.0  # seconds without a byte; a model that thinks says nothing for minutes
+STALLED_AFTER = 300.0  # seconds without a byte; a thinking model may be silent for minutes
 MAX_PART = 16 * 1024 * 1024  # bytes of an event, or of an answer that is not a stream
 URL, KEY, client = upstream()
 URL = URL or serve_parrot()
@@ -42,13 +42,13 @@ FIELD = re.compile(rb"(?:^(?:\xef\xbb\xbf)?|[\r\n])(data|event|id|retry|): ?([^\
 
 
 def ends(part: bytes, is_stream: bool) -> bool:
-    """Return whether this part completes the answer. Raises HTTPException for anything else."""
+    """Return whether this part completes the answer. Raises HTTPException if it is no answer."""
     fields = FIELD.findall(part)  # one with an empty name is a comment
     data = b"\n".join(value for name, value in fields if name == b"data") if is_stream else part
     if data.startswith(b"[DONE]"):
         return True
     try:
-        text = data.decode("utf-8-sig", "replace").strip()  # half a character may be in a token
+        text = data.decode("utf-8-sig", "replace").strip()  # a token may have half a character
         answer = json.loads(text or ("{}" if fields else ""))
         reasons = [choice.get("finish_reason") for choice in answer.get("choices") or []]
     except (ValueError, TypeError, AttributeError, RecursionError):  # not JSON, or another shape
@@ -57,7 +57,7 @@ def ends(part: bytes, is_stream: bool) -> bool:
 
 
 class Answer(Stream):
-    """The upstream's answer. Its status leaves with the first part: it can still be an error."""
+    """The upstream's answer. Its status is sent with the first part: an error can come before."""
 
     def __init__(self, request: Request, path: str, question: bytes) -> None:
         super().__init__(())
@@ -103,7 +103,7 @@ class Answer(Stream):
             yield rest + b"\n\n" if self.is_stream and rest.strip() else rest
 
     async def pass_on(self, parts: AsyncGenerator[Any]) -> None:
-        """Pass on an answer while it arrives. Raises HTTPException if it is not complete."""
+        """Pass on an answer as it arrives. Raises HTTPException if it is not complete."""
         response: httpx2.Response = await self.wait_for(anext(parts))
         status, method, failed = response.status_code, self.asked.method, not response.is_success
         if status == 401 or 300 <= status < 400:

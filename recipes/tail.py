@@ -61,7 +61,7 @@ class Watch:
         self.changed = asyncio.Event()
 
     def look(self) -> LogFile | None:
-        """Return the file that is the log now; without one, log why and return None."""
+        """Return the file that is the log now. If there is none, log why and return None."""
         try:
             status = LOG.stat()
             if not self.file or not os.path.samestat(status, os.fstat(self.file.fileno())):
@@ -122,16 +122,16 @@ def find_last_lines(file: LogFile, count: int) -> str:
 
 def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
     """Return the events after an id, with the file and the id to go on from."""
-    # Looked at before reading. While a new file is empty, the writer may still write to this one.
+    # Checked before reading. While a new file is empty, the writer may still write to this one.
     following = file.next if file.next and (file.next.size() > 0 or file.next.next) else None
     try:
         return file, *read_events(file, last_id, is_over=following is not None)
-    except OSError:  # there is nothing behind the id, or it cannot be read now
+    except OSError:  # nothing follows the id, or the file cannot be read now
         return (following, START, ROTATED) if following else (file, last_id, b"")
 
 
 def read_events(file: LogFile, last_id: str, is_over: bool) -> tuple[str, bytes]:
-    """Return the events of the next lines, and the id of the last. An error if nothing is there."""
+    """Return the last id and the events of the next lines. Raises OSError if there are none."""
     offset = int(last_id.partition("-")[0])
     start = max(offset - CHECKED, 0)
     data = file.read_at(start, offset + BLOCK)
@@ -167,14 +167,14 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
         last_id = START
         with suppress(OSError):  # it cannot be read now
             last_id = await run_in_threadpool(find_last_lines, file, lines) if file else START
-    events = b"retry: 1000\n\n"  # ms; it also says: you will get all that is written from now on
+    events = b"retry: 1000\n\n"  # ms; from here on, the reader misses nothing
     clock = asyncio.get_running_loop().time
     while True:
         if events:
             yield events
             due = clock() + KEEP_ALIVE
         await asyncio.sleep(0)  # let other tasks run
-        changed = watch.changed  # taken before the look: nothing can happen in between
+        changed = watch.changed  # taken before the look, so that no change is missed
         before, events = last_id, b""
         if file := file or watch.look():
             file, last_id, events = read_on(file, last_id)
@@ -190,7 +190,7 @@ async def follow(lines: int, last_id: str) -> AsyncGenerator[bytes]:
 
 
 async def write_a_line() -> None:
-    """Write a line, and wait a second. After half a minute begin a new file, as logrotate does."""
+    """Write a line, and wait a second. After half a minute, begin a new file like logrotate."""
     if LOG.exists() and LOG.stat().st_size > 1000:
         LOG.replace(LOG.with_suffix(".log.1"))
     now = datetime.now().time().isoformat("milliseconds")
@@ -202,7 +202,7 @@ async def write_a_line() -> None:
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     tasks = []
-    if not os.environ.get("LOG"):  # before the watch, which would miss the file
+    if not os.environ.get("LOG"):  # before the watch, which would report a missing file
         tasks.append(asyncio.create_task(keep_going("Writing tail.log", write_a_line)))
     tasks.append(asyncio.create_task(keep_going("The watch of LOG", watch.keep_looking)))
     yield
@@ -217,7 +217,7 @@ prepare(app, page="tail.html")
 
 @app.get("/log", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def log(
-    lines: Annotated[int, Query(ge=0, le=1000, description="How many of the last lines.")] = 10,
+    lines: Annotated[int, Query(ge=0, le=1000, description="How many lines to begin with.")] = 10,
     last_event_id: Annotated[str, Header(pattern="^([0-9]{1,18}-[0-9a-f]{8})?$")] = "",
 ) -> Stream:
     """The log's last lines, or those after an event, then each new one when it is written."""

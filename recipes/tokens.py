@@ -46,7 +46,7 @@ Stops = Annotated[
 
 class Question(BaseModel):
     model: str
-    # At the first error: a body of 1 MB can have 500,000 of them, and everybody else would wait.
+    # Stop at the first error: a body of 1 MB can have 500,000, and everybody else would wait.
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ def head(question: Question, kind: str) -> dict[str, Any]:
 
 
 async def complete(question: Question) -> AsyncGenerator[bytes]:
-    """Yield the answer, when it is complete."""
+    """Yield the answer as soon as it is complete."""
     text, reason, usage = plan(question)
     async with aclosing(parrot(text)) as tokens:
         content = "".join([token async for token in tokens])
@@ -142,7 +142,7 @@ class Answer(Stream):
 app = FastAPI(title="Tokens")
 prepare(app, page="tokens.html")
 use_openai_errors(app)
-# By default, the answer to a POST is not ended early. Here it may be, because it says so.
+# By default, the answer to a POST is not ended early. Here it may be: `Answer` sends an error.
 app.add_middleware(EndStreams, methods=("POST",))
 
 
@@ -153,8 +153,8 @@ async def chat_completions(question: Question) -> Stream:
         raise openai_error(404, message, param="model", code="model_not_found")
     if question.stream:
         return Answer(events(question))
-    # Also a Stream: it is closed when its reader leaves, so the model stops. FastAPI would not
-    # cancel an ordinary endpoint.
+    # Also a Stream: it closes the generator when the reader leaves, so the model stops. FastAPI
+    # would not cancel an ordinary endpoint.
     return Stream(complete(question), media_type="application/json")
 
 

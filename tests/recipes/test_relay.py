@@ -473,6 +473,6 @@ def test_surroundings_in_which_no_upstream_can_be_asked(
     monkeypatch.setenv(name, value)
     upstream_settings()  # the embedded parrot is on this machine
     monkeypatch.setenv("UPSTREAM_URL", "https://example.org/v1")
-    with pytest.raises(SystemExit, match=f"UPSTREAM_URL cannot be asked: .*{name}") as told:
+    with pytest.raises(SystemExit, match=f"UPSTREAM_URL cannot be used: .*{name}") as told:
         upstream_settings()
     assert "secret" not in str(told.value)
