@@ -57,7 +57,7 @@ def ends(part: bytes, is_stream: bool) -> bool:
 
 
 class Answer(Stream):
-    """The upstream's answer. Its status is sent with the first part: an error can come before."""
+    """The upstream's answer. Its status is sent with the first part: until then it can change."""
 
     def __init__(self, request: Request, path: str, question: bytes) -> None:
         super().__init__(())
