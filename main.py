@@ -82,7 +82,7 @@ class Stream(StreamingResponse):
     """
 
     def __init__(self, content: Any, status_code: int = 200, *args: Any, **options: Any) -> None:
-        self.rendered = self.render_each(content)
+        self.content, self.rendered, self.over = content, self.render_each(content), False
         super().__init__(self.rendered, status_code, *args, **options)
         for name, value in HEADERS.items():
             self.headers.setdefault(name, value)
@@ -95,20 +95,26 @@ class Stream(StreamingResponse):
                 if (count := count + 1) % 64 == 0:
                     await asyncio.sleep(0)  # a generator that never awaits would block all others
         finally:
-            while getattr(content, "gi_running", False):  # noqa: ASYNC110  # it runs in a thread
-                await asyncio.sleep(0.01)
-            if hasattr(content, "aclose"):
-                await content.aclose()
-            elif not is_async and hasattr(content, "close"):
-                await run_in_threadpool(content.close)
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        content, self.content = self.content, ()  # closed once
+        while getattr(content, "gi_running", False):  # noqa: ASYNC110  # it runs in a thread
+            await asyncio.sleep(0.01)
+        if hasattr(content, "aclose"):
+            await content.aclose()
+        elif not isinstance(content, AsyncIterable) and hasattr(content, "close"):
+            await run_in_threadpool(content.close)
 
     async def stream_response(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code}
-        async with aclosing(self.rendered):
+        async with aclosing(self), aclosing(self.rendered):
             await send(start | {"headers": self.raw_headers})
             async for chunk in self.body_iterator:  # a library may have wrapped it
                 body = chunk.encode() if isinstance(chunk, str) else chunk
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+                if self.over:  # the generator swallowed the cancellation
+                    raise asyncio.CancelledError
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,10 +127,11 @@ class Stream(StreamingResponse):
             async with asyncio.timeout(None) as until_sent:
                 sender.add_done_callback(lambda _: until_sent.reschedule(0))
                 try:
+                    await asyncio.sleep(0)  # it begins, or it could not close the generator
                     while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110
                         await asyncio.sleep(0)  # some middlewares repeat the request's body forever
                 finally:
-                    sender.cancel()
+                    self.over = sender.cancel()
                     # If AnyIO cancelled this task (a middleware's timeout), waiting needs a shield.
                     with anyio.CancelScope(shield=True):
                         await asyncio.wait([sender])

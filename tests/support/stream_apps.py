@@ -7,6 +7,7 @@ awaited something and gone on.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -30,6 +31,10 @@ async def generate(name: str) -> AsyncGenerator[str]:
         if name == "never_awaits":
             while True:
                 yield "x" * 10_000
+        while name == "swallows":  # as asyncio.wait_for() of Python 3.11 does now and then
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+            yield "x"
         if name != "ends":
             await asyncio.sleep(600)
     finally:
@@ -116,6 +121,16 @@ async def stream(name: str) -> Stream:
 @app.get("/sync/{name}", response_class=Stream)
 def sync_stream(name: str) -> Stream:
     return Stream(generate_in_a_thread(name), media_type="text/plain")
+
+
+@app.get("/begun/{name}", response_class=Stream)
+async def begun(name: str, request: Request) -> Stream:
+    """Look at the first chunk, to choose the status; meanwhile the reader leaves."""
+    chunks = generate(name)
+    print("first", await anext(chunks), end="", flush=True)
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.01)
+    return Stream(chunks, media_type="text/plain")
 
 
 @app.get("/options", response_class=Stream)

@@ -59,6 +59,20 @@ def test_its_finally_awaits_however_it_ends(app: Process) -> None:
     assert re.findall(r"sent \d+ \d+", app.log) == [f"sent 200 {n}" for n in (5, 7, 7, 8)]
 
 
+def test_a_reader_leaves_before_the_answer_begins(app: Process) -> None:
+    reader = RawReader(app.port, "/begun/sleeps")
+    app.wait_for_log("first sleeps")
+    reader.close()
+    app.wait_for_log("closed sleeps")
+
+
+def test_a_generator_that_swallows_its_cancellation(app: Process) -> None:
+    """It is closed after its next chunk, or it would go on for nobody."""
+    begin(app, "/stream/swallows").close()
+    app.wait_for_log("closed swallows")
+    stop(app, [begin(app, "/stream/swallows")])
+
+
 def test_a_slow_reader_leaves(app: Process) -> None:
     """While `send` waits; and the generator never awaits, so that it could stop everybody else."""
     readers = [begin(app, f"{way}never_awaits", receive_buffer=4096) for way in WAYS]
