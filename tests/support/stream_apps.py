@@ -128,7 +128,7 @@ async def begun(name: str, request: Request) -> Stream:
     """Look at the first chunk, to choose the status; meanwhile the reader leaves."""
     chunks = generate(name)
     print("first", await anext(chunks), end="", flush=True)
-    while not await request.is_disconnected():
+    while not await request.is_disconnected():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return Stream(chunks, media_type="text/plain")
 
