@@ -125,13 +125,14 @@ class Stream(StreamingResponse):
         sender = asyncio.create_task(self.stream_response(send))
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as until_sent:
-                sender.add_done_callback(lambda _: until_sent.reschedule(0))
+                sender.add_done_callback(lambda _: None if self.over else until_sent.reschedule(0))
                 try:
                     await asyncio.sleep(0)  # it begins, or it could not close the generator
                     while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110
                         await asyncio.sleep(0)  # some middlewares repeat the request's body forever
                 finally:
-                    self.over = sender.cancel()
+                    self.over = True
+                    sender.cancel()
                     # If AnyIO cancelled this task (a middleware's timeout), waiting needs a shield.
                     with anyio.CancelScope(shield=True):
                         await asyncio.wait([sender])

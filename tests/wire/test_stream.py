@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import requests
 from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.types import Message
 
 from main import Stream
 from tests.support.processes import LIMIT, Process, Start, start_app
@@ -113,6 +114,39 @@ def test_a_time_limit_of_a_middleware(app: Process) -> None:
     assert read_until([reader], lambda: reader.ended_at)
     assert not reader.ended_properly
     app.wait_for_log("closed time_limit\ntime is up")
+
+
+def test_cancelled_again_while_it_closes(caplog: pytest.LogCaptureFixture) -> None:
+    """By a time limit after its reader left: the cleanup runs to its end all the same."""
+
+    async def run() -> None:
+        closed = asyncio.Event()
+
+        async def chunks() -> AsyncIterator[str]:
+            try:
+                yield "x"
+                await asyncio.sleep(600)
+            finally:
+                await asyncio.sleep(0.1)
+                closed.set()
+
+        async def receive() -> Message:
+            await asyncio.sleep(600)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Message) -> None:
+            pass
+
+        request = asyncio.create_task(Stream(chunks())({"type": "http"}, receive, send))
+        for _ in range(2):
+            await asyncio.sleep(0.02)
+            request.cancel()
+        await closed.wait()
+        await asyncio.sleep(0.01)
+        assert request.cancelled()
+
+    asyncio.run(run())
+    assert not caplog.text
 
 
 def test_a_sync_generator_is_closed_in_a_thread(app: Process) -> None:
