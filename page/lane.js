@@ -4,7 +4,7 @@ export const MAX_MARKS = 250; // drawn in a lane, however many events there were
 export const MAX_ROWS = 60; // shown in a lane: the latest
 const ON_TIME = 0.1; // seconds; nobody sees a smaller delay
 
-/** Why no further event can come: one sentence for the person who looks at the lane. */
+/** Why no more events can arrive, in one sentence for the person who looks at the lane. */
 export class StreamError extends Error {}
 
 /**
@@ -92,8 +92,8 @@ export class Lane {
   lost(why) {
     this.#close();
     if (this.complete) {
-      // Only EventSource reports an end as a loss: it asks again until it gets a 204.
-      this.words = "All events are here. EventSource comes back, until a 204 ends it.";
+      // Only EventSource reports an end as a loss: it reconnects until it gets a 204.
+      this.words = "All events are here. EventSource reconnects until a 204 ends it.";
       return;
     }
     if (this.state === "resuming") return;
@@ -188,8 +188,8 @@ export class Tail {
 }
 
 /**
- * Where the time axis ends, in seconds: a little after the stream's own end as long as that is near,
- * and by steps further where it takes longer, so that the marks stand still in between.
+ * The end of the time axis, in seconds: a little after the stream's own end, if that is near. If a
+ * stream takes longer, the axis grows in steps, so that the marks stand still in between.
  */
 export function axisEnd(duration, elapsed) {
   let end = Math.max(1, 1.15 * Math.min(duration || 0, 30));
@@ -197,7 +197,7 @@ export function axisEnd(duration, elapsed) {
   return end;
 }
 
-/** The labelled seconds of an axis that ends at `end`: at most `max` of them, at round distances. */
+/** The labels, in seconds, of an axis that ends at `end`: at most `max`, at round distances. */
 export function ticks(end, max) {
   const power = 10 ** Math.floor(Math.log10(end / max));
   const step = [1, 2, 5, 10].map((n) => n * power).find((step) => end / step < max);

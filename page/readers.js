@@ -7,7 +7,7 @@ import { cut, decodeLine, lines, messages, NotAnEvent, parseEvent } from "./wire
 const FIRST_DELAY = 0.2; // seconds before a stream is resumed; each further attempt waits longer
 const GIVE_UP_AFTER = 30; // seconds without a new event
 const STALL_TIMEOUT = 15; // seconds without a byte; the server is never silent for more than 10
-const MAX_PIECES = 16; // shown of one chunk
+const MAX_PIECES = 16; // of one chunk that are shown
 const NO_IDS = "Plain text has no ids to resume by.";
 
 /** This connection failed; another attempt may succeed. */
@@ -44,7 +44,7 @@ export async function readText(url, lane, stop) {
     for await (const line of items(shown.pipeThrough(lines()))) {
       const data = decodeLine(line);
       if (data === null) continue; // cut off in the middle
-      // Nothing on the wire tells the line's number or the last line.
+      // Plain text has no event ids, and does not mark the last line.
       const event_id = lane.count;
       const is_last_event = event_id === lane.steps - 1;
       lane.take({ event_id, data, is_last_event });
@@ -67,7 +67,7 @@ export async function readNdjson(url, lane, stop) {
   await readResuming(url, lane, stop, async function* (body) {
     for await (const line of items(body.pipeThrough(lines()))) {
       const text = decodeLine(line);
-      // Null: cut off in the middle. It comes again on resuming.
+      // Null: the line was cut off. It is sent again after resuming.
       if (text?.trim()) yield { event: parseEvent(text), text };
     }
   });
@@ -96,7 +96,7 @@ export async function readSse(url, lane, stop) {
         lane.requested(path);
         resolve("204");
       } else {
-        // EventSource says no more. The answer was not a stream, but for example a 422 or a 502.
+        // EventSource says no more. The answer was not a stream: perhaps a 422 or a 502.
         resolve(new StreamError("EventSource gave up. It does not say which answer it got."));
       }
     };
@@ -105,7 +105,7 @@ export async function readSse(url, lane, stop) {
   });
   source.close();
   if (end instanceof Error) throw end;
-  if (end === "204") lane.done("EventSource came back, and the 204 ended it.");
+  if (end === "204") lane.done("EventSource reconnected, and the 204 ended it.");
   else await goOnWithFetch(url, lane, stop);
 }
 

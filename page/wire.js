@@ -135,8 +135,8 @@ export function parseEvent(text) {
 
 /**
  * A transform from the lines of an event stream to its messages, { lastEventId, data }, as an
- * EventSource gives them. (It leaves out what these streams have no use for: `event`, `retry`, and
- * a carriage return alone as the end of a line.)
+ * EventSource gives them. (It ignores what these streams do not use: `event`, `retry`, and a single
+ * carriage return as the end of a line.)
  * https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
  */
 export function messages() {

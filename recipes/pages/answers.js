@@ -28,7 +28,7 @@ form.addEventListener("submit", async (event) => {
   start.ariaDisabled = "false";
 });
 
-// Anybody who has the id can stop it. The last event tells every reader, also this page.
+// Anybody who has the id can stop it. The last event tells every reader, including this page.
 stop.addEventListener("click", async () => {
   if (stop.ariaDisabled === "true") return;
   try {

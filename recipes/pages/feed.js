@@ -17,7 +17,7 @@ document.title = `${channel} – feed`;
 const wire = new Wire(document.getElementById("wire"));
 let state = "connecting";
 
-// The last events are shown at once. After a broken connection it goes on from the last id.
+// The last events are shown at once. After a broken connection, it resumes after the last id.
 const source = new Source(`${url}?last=20`, {
   wire: {
     note: (text) => wire.note(text),
@@ -37,7 +37,7 @@ const source = new Source(`${url}?last=20`, {
   },
 });
 
-/** If the server is there but its log is not, there is no id yet to go on from. */
+/** If the server is there but its log is not, there is no id yet to resume from. */
 function tellConnection() {
   if (state !== "open") return;
   if (source.lastEventId) tell("connection", "done", "Connected.");

@@ -57,7 +57,7 @@ form.addEventListener("submit", (event) => {
     }
   }
 
-  // Only `[DONE]` or a reason says that the answer is complete.
+  // Only `[DONE]` or a `finish_reason` shows that the answer is complete.
   function finish(reason) {
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     if (reason === "stop") end("done", `The complete answer, in ${seconds} s.`);

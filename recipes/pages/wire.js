@@ -38,10 +38,10 @@ export class Wire {
 }
 
 /**
- * Reads server-sent events as EventSource does, but sends any request and tells errors' reasons.
+ * Reads server-sent events as EventSource does, but can send any request, and says what went wrong.
  *
  * EventSource gives up when an answer is not a stream, such as a proxy's 502 while the server
- * restarts, and you cannot tell a new one where to go on
+ * restarts, and you cannot tell a new one where to resume
  * (https://github.com/whatwg/html/issues/2177). This one tries again after the end of a stream, a
  * cut and a 5xx, with Last-Event-ID; a 204 and a 4xx are final.
  *
@@ -162,7 +162,7 @@ export class Source {
       this.#call("onevent", event);
     };
     return (text) => {
-      // A CR ends its line at once; when an LF follows, it belongs to the same end of line.
+      // A CR ends its line at once. If an LF follows, it belongs to the same line end.
       const more = afterReturn ? text.replace(/^\n/, "") : text;
       const lines = (rest + more).split(/\r\n?|\n/);
       afterReturn = text.endsWith("\r");
@@ -183,7 +183,7 @@ export class Source {
     try {
       this.#options[name](...values);
     } catch (error) {
-      reportError(error); // a fault of the page, on the console; the stream goes on
+      reportError(error); // shows the page's own error on the console, and reading continues
     }
   }
 }
