@@ -230,7 +230,7 @@ class Store:
 
 store = Store()
 if url := os.environ.get("REDIS_URL"):
-    import recipes.answers_redis  # it needs what is above
+    import recipes.answers_redis  # here, because it imports what is above
 
     store = recipes.answers_redis.RedisStore(url)
 

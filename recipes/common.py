@@ -63,7 +63,7 @@ class LimitBodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
         unread = len(length) > 9 or int(length) > MAX_BODY
-        error = HTTPException(413, f"The body has more than {MAX_BODY} bytes, which is the limit.")
+        error = HTTPException(413, f"The body is larger than the limit of {MAX_BODY} bytes.")
         read = 0
 
         async def limited() -> Message:
@@ -125,7 +125,7 @@ class ASCIIResponse(JSONResponse):
 
 
 async def keep_going(what: str, work: Callable[[], Awaitable[object]], pause: float = 1.0) -> None:
-    """Await `work()` again and again; log each exception in one line, and go on after `pause` s.
+    """Await `work()` again and again; log each exception in one line, and pause after it.
 
     Without this, a background task would end silently at its first exception.
     """

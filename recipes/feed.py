@@ -53,7 +53,7 @@ class Channel:
         self.floor = floor  # no event after this id is missing; empty: nothing was read yet
         self.ids: list[str] = []
         self.frames: list[bytes] = []
-        self.first = self.end = self.unread = 1  # readers that get a gap go on at `unread`
+        self.first = self.end = self.unread = 1  # readers with a gap continue at `unread`
         self.readers, self.used = 0, time.monotonic()  # when it was last posted in or read
         self.chunk: dict[int, tuple[bytes, int]] = {}  # see `take`
         self.waiting: list[asyncio.Future[None]] = []
@@ -179,7 +179,7 @@ class Log:
 
 log = Log()
 if url := os.environ.get("REDIS_URL"):
-    import recipes.feed_redis  # it needs what is above
+    import recipes.feed_redis  # here, because it imports what is above
 
     log = recipes.feed_redis.RedisLog(url)
 

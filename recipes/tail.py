@@ -121,7 +121,7 @@ def find_last_lines(file: LogFile, count: int) -> str:
 
 
 def read_on(file: LogFile, last_id: str) -> tuple[LogFile, str, bytes]:
-    """Return the events after an id, with the file and the id to go on from."""
+    """Return the events after an id, with the file and the id to continue from."""
     # Checked before reading. While a new file is empty, the writer may still write to this one.
     following = file.next if file.next and (file.next.size() > 0 or file.next.next) else None
     try:
