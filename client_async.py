@@ -161,8 +161,8 @@ class Resume:
         first_time = self.delay == FIRST_DELAY
         reason = explain(error, self.url, at_the_start=first_time and not self.headers)
         where = f"after event {self.last_event_id}" if self.headers else "at the start"
-        remaining = self.deadline - time.monotonic()
-        if remaining <= 0:
+        remaining = max(self.deadline - time.monotonic(), 0)
+        if not remaining and not first_time:  # it may only have been suspended (Ctrl-Z, a laptop)
             raise StreamError(
                 f"Gave up {where}: {self.url} sent no new event for {GIVE_UP_AFTER:.0f} seconds, "
                 f"most recently because {reason}. Check the server, then try again."

@@ -297,6 +297,18 @@ def test_the_last_attempt_may_succeed(client: str) -> None:
         assert 0.4 < second - first < 9
 
 
+@both_line_readers
+def test_after_a_long_pause_it_tries_once_more(client: str) -> None:
+    """A program that was suspended, with its laptop or by Ctrl-Z, has had no chance to resume."""
+
+    def pause(connection: Connection) -> None:
+        connection.send(CHUNKED + chunk(events(0, 4)))
+        time.sleep(0.5)
+
+    with wrong_server(in_turn(pause, go_on)) as server:
+        assert read(load(client, GIVE_UP_AFTER=0.2), server.url) == (ALL, None)
+
+
 # Events 0 to 2, and half of the next one, as far as into the middle of its ☕.
 BEGUN, HALF = events(0, 3), event(3).split(b"\x98")[0]
 CUT, EARLY = "the connection was cut", "the server ended it early"
