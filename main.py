@@ -244,7 +244,7 @@ class EndStreams:
                 chain.append(chain[-1].args[0])  # copies of this class wrap one another's handler
             is_ours = EndStreams.stop in [getattr(each, "func", None) for each in chain]
             owner = getattr(getattr(chain[-1], "func", chain[-1]), "__self__", None)
-            server = owner if hasattr(owner, "started") else server
+            server = owner if hasattr(owner, "should_exit") else server
             # Python's own handler and that of asyncio.run() do not stop a server.
             no_server = handler is signal.default_int_handler or isinstance(owner, asyncio.Runner)
             if callable(handler) and not no_server and not is_ours:

@@ -14,7 +14,12 @@ from tests.support.readme import copy_section
 from tests.support.stopping import assert_no_error
 
 # uvicorn counts a request when its answer is complete.
-STOPS_WITHOUT_A_SIGNAL = {"limit": "/short", "limit, two copies": "/short", "should_exit": "/stop"}
+STOPS_WITHOUT_A_SIGNAL = {
+    "limit": "/short",
+    "limit, two copies": "/short",
+    "should_exit": "/stop",
+    "a method, should_exit": "/stop",
+}
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,7 @@ STOPS_WITHOUT_A_SIGNAL = {"limit": "/short", "limit, two copies": "/short", "sho
         ("limit", 0),
         ("limit, two copies", 0),
         ("should_exit", 0),
+        ("a method, should_exit", 0),
         ("replaced", signal.SIGTERM),
         ("chained", signal.SIGTERM),
         ("on the loop", signal.SIGINT),

@@ -72,7 +72,26 @@ def add_to_loop() -> None:
         asyncio.get_running_loop().add_signal_handler(signum, exit_now)
 
 
-LATER = {"replaced": replace_handlers, "chained": chain_handlers, "on the loop": add_to_loop}
+class Worker:
+    """Not a server, although it has begun to do something."""
+
+    started = True
+
+    def exit_now(self, *_: object) -> None:
+        exit_now()
+
+
+def use_a_method() -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, Worker().exit_now)
+
+
+LATER = {
+    "replaced": replace_handlers,
+    "chained": chain_handlers,
+    "on the loop": add_to_loop,
+    "a method, should_exit": use_a_method,
+}
 
 if __name__ == "__main__":
     way, port = sys.argv[1:]
