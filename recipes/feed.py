@@ -186,19 +186,19 @@ if url := os.environ.get("REDIS_URL"):
 
 # 4. The endpoints ---------------------------------------------------------------------------------
 
-
-class Event(BaseModel):
-    data: Annotated[str, Field(min_length=1, max_length=10_000)]
-    event: Annotated[str, Field(pattern=r"^\P{Cc}{0,100}$")] | None = None
-
-
 Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
+EVENT = re.compile(r"^(?!gap$)[^\x00-\x1f\x7f-\x9f]{0,100}$(?!\n)")  # a `gap` means a loss
 ID = r"^([0-9]{1,20}-[0-9]{1,20})?$"
 # The garbage collector scans what thousands of readers hold, so let it run less often.
 gc.set_threshold(50_000, 20, 50)
 app = FastAPI(title="Channels, and any number of readers")
 prepare(app, page="feed.html")
 app.add_middleware(EndStreams)
+
+
+class Event(BaseModel):
+    data: Annotated[str, Field(min_length=1, max_length=10_000)]
+    event: Annotated[str, Field(pattern=EVENT)] | None = None
 
 
 @app.post("/feed/{channel}", status_code=201)

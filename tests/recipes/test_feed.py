@@ -191,6 +191,8 @@ JSON = "Application/Json; charset=utf-8"
         ({"data": "\ud800"}, JSON, 422),
         ({"data": "x" * 10_001}, JSON, 422),
         ({"data": "x", "event": "a\nb"}, JSON, 422),
+        ({"data": "x", "event": "a\n"}, JSON, 422),
+        ({"data": "x", "event": "gap"}, JSON, 422),  # readers would think that events are missing
         ({"data": "x", "event": "x" * 101}, JSON, 422),
     ],
 )
