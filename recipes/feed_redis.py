@@ -29,10 +29,7 @@ return redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', {KEEP + 1})
 """
 
 
-Command = tuple[object, ...]
-
-
-async def ask(client: Any, *commands: Command) -> Any:
+async def ask(client: Any, *commands: tuple[object, ...]) -> Any:
     """Send commands in one pipeline; return their answers. Each may be an exception."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
@@ -52,7 +49,7 @@ class RedisLog(Log):
     def __init__(self, url: str) -> None:
         self.channels = WeakValueDictionary()  # a reader keeps its channel alive
         self.poster, self.reader, self.bell = (connect_to_redis(url, 1) for _ in range(3))
-        self.posts: list[tuple[tuple[Command, ...], asyncio.Future[Any]]] = []  # not yet sent
+        self.posts: list[tuple[Any, asyncio.Future[Any]]] = []  # not yet sent
         self.posting: asyncio.Task[None] | None = None
         self.rang: dict[str, asyncio.Event] = {}  # channels to read; set when that is done
         self.ringing = asyncio.Event()
@@ -66,7 +63,10 @@ class RedisLog(Log):
         if not self.posting or self.posting.done():
             self.posting = asyncio.create_task(self.post())
         try:
-            return str(await asyncio.wait_for(posted, PATIENCE))
+            answer = await asyncio.wait_for(posted, PATIENCE)
+            if not isinstance(answer, str):
+                raise answer if isinstance(answer, Exception) else TypeError(f"no id: {answer}")
+            return answer
         except Exception as error:
             logger.error("feed: perhaps not published: %s", in_one_line(error))
             raise LogIsAway from error
@@ -80,11 +80,7 @@ class RedisLog(Log):
             except Exception as error:
                 answers = [error] * 3 * len(some)
             for (_, posted), answer in zip(some, answers[::3], strict=True):
-                if posted.done():  # nobody waits for it any longer
-                    continue
-                if isinstance(answer, Exception):
-                    posted.set_exception(answer)
-                else:
+                if not posted.done():  # somebody still waits for it
                     posted.set_result(answer)
 
     async def open(self, name: str) -> tuple[Channel, bool]:
@@ -106,9 +102,11 @@ class RedisLog(Log):
         """Ask for a read of all channels, then listen to the bell for CHECK seconds."""
         with suppress(TimeoutError):
             async with self.bell.pubsub() as bell, asyncio.timeout(CHECK):
-                await bell.subscribe("feed")
-                for name in list(self.channels):
-                    self.ring(name)
+                try:
+                    await bell.subscribe("feed")
+                finally:  # also if only the other connections work
+                    for name in list(self.channels):
+                        self.ring(name)
                 async for message in bell.listen():
                     if message["data"] in self.channels:
                         self.ring(message["data"])
@@ -124,24 +122,26 @@ class RedisLog(Log):
                 rang.append((channel, read))
         if not self.rang:
             self.ringing.clear()
-        lasts = [(channel.ids or [channel.floor or "-"])[-1] for channel, _ in rang]
-        pairs = zip(rang, lasts, strict=True)
-        commands = [("EVAL", READ, 1, f"feed:{c.name}", last) for (c, _), last in pairs]
-        answers = await ask(self.reader, *commands)
-        for (channel, read), last, entries in zip(rang, lasts, answers, strict=True):
+        pairs = [(channel.name, channel.ids[-1] if channel.floor else "-") for channel, _ in rang]
+        answers = await ask(self.reader, *(("EVAL", READ, 1, f"feed:{n}", id_) for n, id_ in pairs))
+        for (channel, read), entries in zip(rang, answers, strict=True):
             try:
                 if isinstance(entries, Exception):
                     raise entries
-                entries.reverse()
-                gap = entries[0][0] != last
-                known = {*filter(None, channel.frames)} if gap else set()
-                if gap:  # begin right before the first id
-                    ms, number = map(int, entries[0][0].split("-"))
-                    channel.begin(f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}")
-                for event_id, words in entries[not gap :]:
+                new = []
+                for event_id, words in reversed(entries):
                     event = dict(zip(words[::2], words[1::2], strict=True))
                     text, kind = event.get("data"), event.get("event", "")
-                    frame = b"" if text is None else to_sse(event_id, text, kind)
+                    new.append((event_id, b"" if text is None else to_sse(event_id, text, kind)))
+                gap = not channel.floor or new[0][0] != channel.ids[-1]
+                if not gap and new[0][1] != channel.frames[-1]:
+                    channel.floor = ""  # so that all of it is read
+                    raise ValueError("Redis lost events, and gave their ids to others")
+                known = {*filter(None, channel.frames)} if gap else set()
+                if gap:  # begin right before the first id
+                    ms, number = map(int, new[0][0].split("-"))
+                    channel.begin(f"{ms}-{number - 1}" if number else f"{ms - 1}-{2**64 - 1}")
+                for event_id, frame in new[not gap :]:
                     channel.append(event_id, frame)
                     if frame in known:  # Redis came back with older data
                         channel.unread = channel.end
