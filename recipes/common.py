@@ -193,7 +193,7 @@ def use_openai_errors(app: FastAPI) -> None:
 def in_one_line(error: Exception) -> str:
     """Return the error's name and first line. (PostgreSQL adds the statement on further lines.)"""
     nothing_said = "it took too long" if isinstance(error, TimeoutError) else "no reason given"
-    why = str(error).strip().partition("\n")[0]
+    why = " ".join(str(error).strip().partition("\n")[0].split())  # without \r and the like
     return f"{type(error).__name__}: {why or nothing_said}"
 
 
@@ -279,7 +279,7 @@ def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
     from redis.asyncio import Redis, Sentinel
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-    from redis.exceptions import ReadOnlyError
+    from redis.exceptions import ReadOnlyError, RedisError
 
     options: dict[str, Any] = {"max_connections": connections, "decode_responses": True}
     options |= {"retry": Retry(NoBackoff(), retries), "retry_on_error": [ReadOnlyError]}
@@ -297,8 +297,10 @@ def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
             raise ValueError
         if not address.scheme.endswith("+sentinel"):
             client = Redis.from_url(url, **options)
-            # This finds options that do not exist.
-            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            # This finds options that do not exist, and files for TLS.
+            connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            if hasattr(connection, "ssl_context"):
+                connection.ssl_context.get()
             return client
         login, _, hosts = address.netloc.rpartition("@")
         options["username"], _, options["password"] = map(unquote, login.partition(":"))
@@ -307,9 +309,13 @@ def connect_to_redis(url: str, connections: int, retries: int = 0) -> Any:
             (host.strip("[]"), int(port))
             for host, _, port in (h.rpartition(":") for h in hosts.split(","))
         ]
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RedisError):
         # Their message may contain a part of the password.
         raise SystemExit("REDIS_URL should be like redis://:P%40SSWORD@HOST:6379.") from None
+    except OSError:
+        raise SystemExit(
+            "REDIS_URL has a wrong option for TLS, or a file that cannot be read."
+        ) from None
     quick = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": None}  # one may hang
     sentinel = Sentinel(pairs, sentinel_kwargs=quick)  # type: ignore[no-untyped-call]
     return sentinel.master_for(address.path.strip("/"), **options)

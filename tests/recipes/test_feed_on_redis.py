@@ -166,9 +166,12 @@ def test_an_id_that_redis_has_lost(serve: Serve, redis: Redis, readers: Readers)
     assert not again.gaps
 
 
-@pytest.mark.parametrize("clock", ["as it is", "ahead"])
+@pytest.mark.parametrize(
+    ("clock", "new"),
+    [("as it is", ["new"]), ("ahead", ["new"]), ("ahead", ["new", "with the last id"])],
+)
 def test_redis_comes_back_with_older_data(
-    serve: Serve, tmp_path: Path, redis: Redis, readers: Readers, clock: str
+    serve: Serve, tmp_path: Path, redis: Redis, readers: Readers, clock: str, new: list[str]
 ) -> None:
     """Readers that stayed get a gap, and nothing twice; also if new events get the lost ids."""
     if clock == "ahead":  # then each id is the last one plus one
@@ -186,17 +189,18 @@ def test_redis_comes_back_with_older_data(
     shutil.rmtree(log)
     copy.rename(log)
     redis.start()
-    redis.client.xadd(KEY, {"data": "new"})
+    for text in new:
+        redis.client.xadd(KEY, {"data": text})
     server.signal(signal.SIGCONT)
-    wait_for(lambda: all(source.data[-1] == "new" for source in crowd), "the new event")
+    wait_for(lambda: all(source.data[-1] == new[-1] for source in crowd), "the new events")
     assert publish(server, "z")
     wait_for(lambda: all(source.data[-1] == "z" for source in crowd), "the last event")
     for source in crowd:
         shown = [event.data if event.name == "message" else "gap" for event in source.events]
-        assert shown == ["a", "b", "lost 1", "lost 2", "gap", "new", "z"]
+        assert shown == ["a", "b", "lost 1", "lost 2", "gap", *new, "z"]
         assert source.opened == 1
     # What is still there is good to resume from, and so is the gap.
-    for event_id, expected in ((ids[0], ["b", "new", "z"]), (crowd[0].events[4].id, ["new", "z"])):
+    for event_id, expected in ((ids[0], ["b", *new, "z"]), (crowd[0].events[4].id, [*new, "z"])):
         (back,) = readers.open(server.port, last_event_id=event_id)
         wait_for_data([back], len(expected))
         assert back.data == expected
@@ -222,6 +226,20 @@ def test_a_user_without_a_right(serve: Serve, redis: Redis, readers: Readers) ->
     assert source.data == numbers(0, 3)
     assert source.opened == 1
     assert "s3cret" not in server.log
+
+
+def test_redis_takes_no_new_connections(serve: Serve, redis: Redis, readers: Readers) -> None:
+    """The bell often has a new one. Without it, events are late, but they arrive."""
+    line = BadLine(redis.port)
+    server = serve(line.port, feed_redis__CHECK=0.5)
+    (source,) = readers.open(server.port)
+    publish(server, "0")
+    wait_for_data([source], 1)
+    line.dead = True
+    server.wait_for_log("feed: Redis: ConnectionError")
+    publish(server, "1")
+    wait_for_data([source], 2)
+    assert source.data == numbers(0, 2)
 
 
 def test_what_others_put_into_the_stream(serve: Serve, redis: Redis, readers: Readers) -> None:
@@ -370,6 +388,8 @@ def test_an_address_with_a_password(
         "redis://localhost:x",
         "redis://localhost/x",
         "redis://localhost?retry=3",
+        "redis://localhost?protocol=4",
+        "rediss://localhost?ssl_cert_reqs=some",
         "redis://:s3/cret@localhost",
         "redis://:1?s3@localhost",
         "redis+sentinel://localhost:26379",
@@ -379,3 +399,8 @@ def test_an_address_that_is_wrong(address: str) -> None:
     with pytest.raises(SystemExit) as raised:
         connect_to_redis(address, 1)
     assert str(raised.value) == "REDIS_URL should be like redis://:P%40SSWORD@HOST:6379."
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(SystemExit, match="a file that cannot be read"):
+        connect_to_redis("rediss://:s3cret@localhost?ssl_ca_certs=/no/such/file", 1)
