@@ -47,7 +47,7 @@ class Answer(answers.Answer):
     def __init__(self, response_id: str) -> None:
         super().__init__(response_id)
         self.place, self.silent = "0-0", 0.0  # the id of the last part read; seconds since then
-        self.more = False  # whether there was more than the last round has read
+        self.more = True  # whether there may be more than the last round has read
         self.parts: list[str] = []  # what is put here: id, part, id, part, …
         self.there = -1  # how many parts Redis has; negative: see PUT
         self.asked = 0.0  # when somebody last asked for it
@@ -138,11 +138,14 @@ class RedisStore(answers.Store):
         puts = {key: a.parts[2 * a.there : 2 * a.there + 200] for key, a in some.items()}
         puts = {key: parts for key, parts in puts.items() if parts}
         async with asyncio.timeout(PATIENCE), self.redis.pipeline(transaction=False) as pipeline:
-            # This write fails if Redis accepts none, because it is a replica or full.
-            pipeline.set("answers:none", "", px=1)
+            # This write fails if Redis accepts none, because it is a replica or full. Its key is that
+            # of no id: with one, to ask for that id would be an error in each round.
+            pipeline.set("answers:", "", px=1)
             for key, parts in puts.items():
                 pipeline.eval(PUT, 1, key, answers.KEEP, some[key].there, *parts)
-            many = MANY // len(some)
+            many = MANY // max(1, sum(answer.more for answer in some.values()))
+            for answer in some.values():
+                answer.more = True  # until it has been read
             pipeline.xread({key: answer.place for key, answer in some.items()}, count=many)
             _, *counts, news = await pipeline.execute()
         for key, there in zip(puts, counts, strict=True):

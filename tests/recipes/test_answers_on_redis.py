@@ -128,15 +128,31 @@ def test_a_redis_that_comes_late_and_has_other_things_in_it(
     redis.client.execute_command("ACL SETUSER user on >secret ~* +@all")
     wait_for(lambda: is_answered(server), "an answer")
 
-    ids = [f"resp_{number:032x}" for number in range(3)]
+    ids = [f"resp_{number:032x}" for number in range(3)] + ["none"]
     redis.client.set(f"answers:{ids[0]}", "text")
     redis.client.xadd(f"answers:{ids[1]}", {"other": "field"}, id="0-1")
     redis.client.xadd(f"answers:{ids[2]}", {"type": "x", "data": "{", "server": ""}, id="5-1")
-    for response_id, status in zip(ids, (503, 404, 404), strict=True):
+    for response_id, status in zip(ids, (503, 404, 404, 404), strict=True):
         answer = http.get(f"{server.url}/v1/responses/{response_id}?stream=true")
         assert answer.status_code == status
     assert is_answered(server)
     assert "Traceback" not in server.log
+
+
+def test_a_long_answer_is_read_at_once_although_many_others_go_on(
+    start: Start, redis: RedisServer
+) -> None:
+    server = serve(start, redis.redis_url, answers_redis__MANY=400)
+    client = asked(server)
+    short = client.responses.create(model="parrot", input="a")
+    first, delta, end = redis.client.xrange(f"answers:{short.id}")
+    long = f"resp_{'1' * 32}"
+    for number, part in enumerate([first, *[delta] * 4000], 1):
+        redis.client.xadd(f"answers:{long}", part[1], id=f"0-{number}")
+    redis.client.xadd(f"answers:{long}", end[1], id="1-0")
+    for _ in range(20):
+        client.responses.create(model="parrot", input=words(5000), background=True)
+    assert client.responses.retrieve(long).output_text == "a" * 4000
 
 
 def is_answered(server: Process) -> bool:
