@@ -20,8 +20,8 @@ from contextlib import aclosing, suppress
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-import openai
-from fastapi import Depends, FastAPI, Header, Query, Response
+import httpx2
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, Response
 from pydantic import BaseModel, Field
 from starlette.background import BackgroundTask
 
@@ -31,12 +31,11 @@ from recipes.parrot import parrot, to_tokens
 
 KEEP = 3600  # seconds that an answer is kept after its end
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
-STALLED = 300.0  # seconds without a byte; a thinking model may be silent for minutes
 SSE = "text/event-stream"
 Json = dict[str, Any]
 URL, KEY, http = common.upstream()
-http.follow_redirects = True  # as the openai package's own client does
-upstream = openai.AsyncOpenAI(base_url=URL, api_key=KEY or "-", max_retries=0, http_client=http)
+http.follow_redirects = True
+http.headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {KEY or '-'}"}
 
 
 # 1. The question, and the models ------------------------------------------------------------------
@@ -70,6 +69,7 @@ class Question(BaseModel):
 # A model yields the parts of its answer: each piece of text as a `delta`, then how it ended.
 Parts = AsyncGenerator[tuple[str, Any]]
 EARLY = {"length": "max_output_tokens", "content_filter": "content_filter"}
+BROKEN = {"abort", "error", "insufficient_system_resource", "model_length"}  # of vLLM and others
 
 
 async def ask_parrot(question: Question) -> Parts:
@@ -82,22 +82,28 @@ async def ask_parrot(question: Question) -> Parts:
 
 
 async def ask_upstream(question: Question) -> Parts:
-    async with await upstream.chat.completions.create(
-        model=question.model,
-        messages=question.messages(),
-        max_tokens=question.max_output_tokens or openai.omit,
-        stream=True,
-        timeout=openai.Timeout(STALLED, connect=5),
-    ) as chunks:
-        if SSE not in chunks.response.headers.get("Content-Type", ""):
-            said = (await chunks.response.aread()).decode(errors="replace")
-            raise openai.APIError("not a stream", chunks.response.request, body=said)
-        async for chunk in chunks:
-            for choice in chunk.choices or []:
+    limit = {"max_tokens": question.max_output_tokens} if question.max_output_tokens else {}
+    asked = {"model": question.model, "messages": question.messages(), "stream": True, **limit}
+    async with http.stream("POST", f"{URL}/chat/completions", content=json.dumps(asked)) as reply:
+        if reply.status_code == 401:  # its message may contain a part of the key
+            raise common.openai_error(502, "The upstream refuses the key of this server.")
+        kind = reply.headers.get("Content-Type", SSE)
+        if not reply.is_success or "json" in kind or "html" in kind:
+            what = f"The upstream answered {reply.status_code}:"
+            raise common.openai_error(502, what, await reply.aread())
+        reply.headers["Content-Type"] = SSE  # some servers send another one
+        reply.encoding = "utf-8-sig"  # a byte order mark may come first
+        async for event in httpx2.EventSource(reply, max_event_size=None):
+            if event.data.startswith("[DONE]"):
+                break
+            chunk = json.loads(event.data or "{}")
+            if chunk.get("error"):
+                raise common.openai_error(502, "", event.data.encode())
+            for choice in chunk.get("choices") or []:
                 # Azure's filter sends choices without a delta. Mistral sends a thought as a list.
-                if isinstance(text := getattr(choice.delta, "content", None), str):
+                if isinstance(text := (choice.get("delta") or {}).get("content"), str):
                     yield "delta", text
-                if why := choice.finish_reason:
+                if (why := choice.get("finish_reason")) and why not in BROKEN:
                     yield ("incomplete", EARLY[why]) if why in EARLY else ("completed", None)
 
 
@@ -183,18 +189,14 @@ async def make(answer: Answer, question: Question) -> None:
         async with aclosing((ask_upstream if URL else ask_parrot)(question)) as parts:
             async for kind, value in parts:
                 await store.put(answer, kind, value)
-    except openai.AuthenticationError:  # its message may contain a part of the key
-        why = "The upstream refuses the key of this server."
-    except openai.APIConnectionError as error:
-        told: Any = common.upstream_error(error.__cause__ or error).detail
-        why = told["error"]["message"]
-    except openai.APIError as error:
-        why = error.body or error.message
-        why = f"The upstream failed: {why.get('message', why) if isinstance(why, dict) else why}"
+    except (HTTPException, httpx2.HTTPError) as error:
+        told: Any = error if isinstance(error, HTTPException) else common.upstream_error(error)
+        why = told.detail["error"]
+        why = why.get("message") or why if isinstance(why, dict) else why
     except Exception:
         common.logger.exception("The model failed.")
         why = "The model failed."
-    await store.put(answer, "failed", why[:2000])  # does nothing if it has ended
+    await store.put(answer, "failed", str(why)[:2000])  # does nothing if it has ended
 
 
 # 3. Where answers are kept ------------------------------------------------------------------------

@@ -246,9 +246,10 @@ def upstream() -> tuple[str, str, Any]:
         raise SystemExit("UPSTREAM_KEY has characters that no key has. Copy it again.")
     # A new connection each time: one that was kept may just have been closed (RFC 9112, 9.5).
     limits = httpx2.Limits(max_keepalive_connections=0)
+    patience = httpx2.Timeout(300, connect=4)  # a thinking model may be silent for minutes
     try:
         # Without an upstream, the server is on this machine, so the proxy variables are ignored.
-        client = httpx2.AsyncClient(limits=limits, trust_env=bool(url))
+        client = httpx2.AsyncClient(limits=limits, trust_env=bool(url), timeout=patience)
     except Exception:  # its message may contain the password of a proxy
         raise SystemExit(
             "UPSTREAM_URL cannot be used: one of SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE, "

@@ -28,11 +28,9 @@ from recipes.common import (
 from recipes.parrot import serve_parrot
 
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
-STALLED_AFTER = 300.0  # seconds without a byte; a thinking model may be silent for minutes
 MAX_PART = 16 * 1024 * 1024  # bytes of an event, or of an answer that is not a stream
 URL, KEY, client = upstream()
 URL = URL or serve_parrot()
-client.timeout = httpx2.Timeout(STALLED_AFTER, connect=4)
 PASSED_ON = re.compile(  # headers, but no cookies or keys, and none that belong to one connection
     rb"accept|content-(type|encoding)|user-agent|http-referer|retry-after.*|idempotency-key|.*request-id"
     rb"|.*ratelimit-.*|trace(parent|state)|(x|openai)-(?!accel|forwarded|.*(key|token|auth)).*"

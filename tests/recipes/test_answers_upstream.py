@@ -34,6 +34,11 @@ COMPLETE: dict[str, bytes | Handler] = {
     "no [DONE]": http(events(ONE, TWO, STOP)),
     "more after its end": http(events(ONE, TWO, STOP, ONE, STOP, DONE)),
     "gzip": http(gzip.compress(WHOLE), headers="Content-Encoding: gzip\r\n"),
+    "another media type": http(WHOLE, media_type="text/plain"),
+    "what EventSource reads": http(  # but the openai package does not
+        b"\xef\xbb\xbf" + WHOLE.replace(b"\n\n", b"\nid: 1\n\n: hi\n\nretry: 1\n\ndata:\n\n"),
+        media_type="Text/Event-Stream",
+    ),
     "redirected": http(b"", "307 x", headers="Location: /v1/models\r\n"),
 }
 EARLY = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -43,25 +48,29 @@ BROKEN: dict[str, tuple[bytes | Handler, str]] = {
     "falls silent": (hang_after(head() + events(ONE, TWO)), "The upstream has stalled."),
     "breaks off": (http(events(ONE, TWO), length=999), "The connection to the upstream broke."),
     "ends early": (http(events(ONE, TWO)), BROKE_OFF),
-    # The `openai` package does not tell whether a [DONE] came.
     "no reason": (http(events(ONE, TWO, DONE)), BROKE_OFF),
+    **{
+        f"reason: {reason}": (http(events(ONE, TWO, chunk({}, reason), DONE)), BROKE_OFF)
+        for reason in ("abort", "error")  # vLLM, Mistral
+    },
     "strange text": (http(events(ONE, TWO, '{"choices": [{"delta": {"content": 5}}]}')), BROKE_OFF),
     "no JSON": (http(events(ONE, TWO, "{")), "The model failed."),
     "a text": (http(events(ONE, TWO, '"Enough."')), "The model failed."),
     "strange choices": (http(events(ONE, TWO, '{"choices": [5]}')), "The model failed."),
     "an error": (http(events(ONE, TWO, '{"error": {"message": "Enough."}}')), "Enough."),
+    "no message": (http(events(ONE, TWO, '{"error": {"message": "", "x": "Enough."}}')), "Enough."),
     "an error as text": (http(events(ONE, TWO, '{"error": "Enough."}')), "Enough."),
 }
 # Instead of an answer, and what is told then.
 REFUSED: dict[str, tuple[bytes, str]] = {
     "200 with an error": (http(b'{"error": {"message": "Enough."}}'), "Enough."),
-    "200 in one piece": (http(b'{"choices": [{"message": {"content": "One"}}]}'), "failed: {"),
+    "200 in one piece": (http(b'{"choices": [{"message": {"content": "One"}}]}'), "200: {"),
     "400": (http(b'{"error": {"message": "Enough.", "code": "x"}}', "400 x"), "Enough."),
     "403": (http(b'{"error": {"message": "Enough."}}', "403 x"), "Enough."),
     "detail": (http(b'{"detail": [{"loc": ["body"], "msg": "Enough."}]}', "422 x"), "Enough."),
     "a list": (http(b'[{"error": {"message": "Enough."}}]', "429 x"), "Enough."),
     "plain": (http(b"Enough.", "500 x", media_type=PLAIN), "Enough."),
-    "empty": (http(b"", "500 x", media_type=PLAIN), "The upstream failed: Error code: 500"),
+    "empty": (http(b"", "500 x", media_type=PLAIN), "The upstream answered 500:"),
     "moved": (http(b"Enough.", "302 x", media_type=PLAIN), "Enough."),
     "401": (
         http(b'{"error": {"message": "Incorrect API key provided: the-key"}}', "401 x"),
@@ -85,7 +94,7 @@ def upstream() -> Iterator[Upstream]:
 @pytest.fixture(scope="module")
 def server(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     with starting(tmp_path_factory.mktemp("upstream")) as start:
-        yield serve(start, upstream=upstream.url, answers__STALLED=2)
+        yield serve(start, upstream=upstream.url, answers__http__timeout=2)
 
 
 @pytest.mark.parametrize("model", COMPLETE)
