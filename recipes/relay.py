@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 from fastapi import FastAPI, HTTPException, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from main import EndStreams, Stream
@@ -160,4 +161,8 @@ app.add_middleware(EndStreams, methods=("POST",))  # as in `tokens`
 @app.get("/v1/models")
 @app.head("/v1/models", include_in_schema=False)
 async def relay(request: Request) -> Answer:
-    return Answer(request, request.scope["route"].path.removeprefix("/v1"), await request.body())
+    try:
+        question = await request.body()
+    except ClientDisconnect:  # in the log, it would be an error of this server
+        raise openai_error(400, "The question is not complete.") from None
+    return Answer(request, request.scope["route"].path.removeprefix("/v1"), question)

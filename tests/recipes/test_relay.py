@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -405,6 +406,15 @@ def test_the_model_stops_when_the_reader_leaves(
         assert upstream.left.count(model) == before
     wait_for(lambda: upstream.left.count(model) > before, "the connection to be closed")
     assert "Traceback" not in lively.log
+
+
+def test_who_leaves_in_the_middle_of_a_question(relay: Process) -> None:
+    with socket.create_connection(("127.0.0.1", relay.port), LIMIT) as reader:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\n"
+        reader.sendall(head + b"{")
+        assert read(relay, model="complete") == ("One two", None)  # by now it waits for the rest
+    assert read(relay, model="complete") == ("One two", None)
+    assert "Traceback" not in relay.log
 
 
 def test_who_reads_nothing_takes_no_memory(lively: Process, upstream: Upstream) -> None:
