@@ -14,18 +14,12 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import httpx2
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from main import EndStreams, Stream
-from recipes.common import (
-    openai_error,
-    prepare,
-    upstream,
-    upstream_error,
-    use_openai_errors,
-)
+from recipes.common import openai_error, prepare, upstream, upstream_error, use_openai_errors
 from recipes.parrot import serve_parrot
 
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
@@ -67,6 +61,11 @@ class Answer(Stream):
         self.asked = httpx2.Request(request.method, url, headers=headers, content=question)
         with suppress(ValueError, AttributeError, RecursionError):
             self.is_stream = bool(json.loads(question).get("stream"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
+        if not self.begun:  # the reader has left; for many middlewares no response is an error
+            await Response(status_code=499)(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         self.send = send

@@ -417,6 +417,17 @@ def test_who_leaves_in_the_middle_of_a_question(relay: Process) -> None:
     assert "Traceback" not in relay.log
 
 
+def test_who_leaves_a_relay_behind_a_middleware(start: Start, upstream: Upstream) -> None:
+    """Before the answer begins: for the middleware that was an error of this server."""
+    relay = serve(start, "tests.support.behind:relay", upstream.url)
+    asked_before, before = len(upstream.asked), upstream.left.count("never answers")
+    with raw_post(relay, asked(model="never answers")):
+        wait_for(lambda: len(upstream.asked) > asked_before, "the question")
+    wait_for(lambda: upstream.left.count("never answers") > before, "the connection to be closed")
+    assert read(relay, model="complete") == ("One two", None)
+    assert "Traceback" not in relay.log
+
+
 def test_who_reads_nothing_takes_no_memory(lively: Process, upstream: Upstream) -> None:
     def talk(connection: Any) -> None:
         connection.sendall(head())
