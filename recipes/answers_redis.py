@@ -138,8 +138,8 @@ class RedisStore(answers.Store):
         puts = {key: a.parts[2 * a.there : 2 * a.there + 200] for key, a in some.items()}
         puts = {key: parts for key, parts in puts.items() if parts}
         async with asyncio.timeout(PATIENCE), self.redis.pipeline(transaction=False) as pipeline:
-            # This write fails if Redis accepts none, because it is a replica or full. Its key belongs
-            # to no id, or a request for that id would make each round fail.
+            # This write fails if Redis accepts none, because it is a replica or full. Its key has
+            # no id in it, or a request for that id would make each round fail.
             pipeline.set("answers:", "", px=1)
             for key, parts in puts.items():
                 pipeline.eval(PUT, 1, key, answers.KEEP, some[key].there, *parts)
