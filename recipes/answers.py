@@ -90,10 +90,10 @@ async def ask_upstream(question: Question) -> Parts:
         kind = reply.headers.get("Content-Type", SSE)
         if not reply.is_success or "json" in kind or "html" in kind:
             what = f"The upstream answered {reply.status_code}:"
-            raise common.openai_error(502, what, await reply.aread())
+            raise common.openai_error(502, what, await anext(reply.aiter_bytes(20_000), b""))
         reply.headers["Content-Type"] = SSE  # some servers send another one
         reply.encoding = "utf-8-sig"  # a byte order mark may come first
-        async for event in httpx2.EventSource(reply, max_event_size=None):
+        async for event in httpx2.EventSource(reply, max_event_size=16_000_000):
             if event.data.startswith("[DONE]"):
                 break
             chunk = json.loads(event.data or "{}")

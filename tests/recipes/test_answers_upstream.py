@@ -42,6 +42,17 @@ COMPLETE: dict[str, bytes | Handler] = {
     "redirected": http(b"", "307 x", headers="Location: /v1/models\r\n"),
 }
 EARLY = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
+def endless(said: bytes) -> Handler:
+    def talk(connection: Any) -> None:
+        connection.sendall(said)
+        while True:
+            connection.sendall(b"x" * 1_000_000)
+
+    return talk
+
+
 BROKE_OFF = "The upstream broke off in the middle of its answer."
 # After «One two», and what is told then.
 BROKEN: dict[str, tuple[bytes | Handler, str]] = {
@@ -53,6 +64,10 @@ BROKEN: dict[str, tuple[bytes | Handler, str]] = {
         f"reason: {reason}": (http(events(ONE, TWO, chunk({}, reason), DONE)), BROKE_OFF)
         for reason in ("abort", "error")  # vLLM, Mistral
     },
+    "an endless event": (
+        endless(head() + events(ONE, TWO) + b"data: "),
+        "The connection to the upstream broke.",
+    ),
     "strange text": (http(events(ONE, TWO, '{"choices": [{"delta": {"content": 5}}]}')), BROKE_OFF),
     "no JSON": (http(events(ONE, TWO, "{")), "The model failed."),
     "a text": (http(events(ONE, TWO, '"Enough."')), "The model failed."),
@@ -62,7 +77,11 @@ BROKEN: dict[str, tuple[bytes | Handler, str]] = {
     "an error as text": (http(events(ONE, TWO, '{"error": "Enough."}')), "Enough."),
 }
 # Instead of an answer, and what is told then.
-REFUSED: dict[str, tuple[bytes, str]] = {
+REFUSED: dict[str, tuple[bytes | Handler, str]] = {
+    "an endless reason": (
+        endless(b"HTTP/1.1 500 x\r\nContent-Type: text/plain\r\n\r\n"),
+        "The upstream answered 500: xxx",
+    ),
     "200 with an error": (http(b'{"error": {"message": "Enough."}}'), "Enough."),
     "200 in one piece": (http(b'{"choices": [{"message": {"content": "One"}}]}'), "200: {"),
     "400": (http(b'{"error": {"message": "Enough.", "code": "x"}}', "400 x"), "Enough."),
