@@ -1,9 +1,9 @@
-"""What all recipes need, but no lesson is about: a limit on bodies, clear errors, pages.
+"""What recipes need, but no lesson is about: a limit on bodies, clear errors, pages.
 
     app = FastAPI()
     prepare(app, page="tail.html")
 
-Nothing here is about streaming; you can read the recipes without it.
+You can read the recipes without it.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from main import Stream
+
 MAX_BODY = 1024 * 1024  # bytes
 PAGES = Path(__file__).resolve().parent / "pages"
 PAGE_HEADERS = {
@@ -48,6 +50,20 @@ def prepare(app: FastAPI, page: str | None = None) -> None:
         if page is None:
             return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
         return FileResponse(PAGES / page, headers=PAGE_HEADERS)
+
+
+class LateStream(Stream):
+    """A `Stream` whose status is sent with its first chunk: until then it can be an error.
+
+    A subclass sets `begun` when it sends the status.
+    """
+
+    begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
+        if not self.begun:  # the reader has left; for many middlewares no response is an error
+            await Response(status_code=499)(scope, receive, send)
 
 
 class LimitBodies:

@@ -24,8 +24,8 @@ from psycopg import AsyncConnection, Error
 from pydantic_core import to_json
 from starlette.types import Send
 
-from main import HEADERS, Stream
-from recipes.common import database_url, in_one_line, logger, prepare
+from main import HEADERS
+from recipes.common import LateStream, database_url, in_one_line, logger, prepare
 
 FILE = Path(__file__).resolve().with_name("orders.db")
 DATABASE_URL = database_url(default=f"sqlite:///{FILE}")
@@ -111,7 +111,7 @@ async def read_postgres(form: str, where: str, limit: asyncio.Timeout) -> AsyncG
                 await connection.close()
 
 
-class Download(Stream):
+class Download(LateStream):
     """A `Stream` without its headers: a proxy may compress and buffer a download."""
 
     def __init__(self, name: str, form: str, after: int | None = None) -> None:
@@ -129,15 +129,15 @@ class Download(Stream):
 
     async def stream_response(self, send: Send) -> None:
         """Send the rows, or 503. If something fails later, the body is cut: it gets no end."""
-        outcome = "got 503"
         try:
             async with self.limit, connections:
                 await anext(self.rendered)
-                outcome = "was cut"
+                self.begun = True
                 await super().stream_response(send)
         except Exception as error:
+            outcome = "was cut" if self.begun else "got 503"
             logger.error("%s %s: %s", self.name, outcome, in_one_line(error))
-            if outcome == "got 503":
+            if not self.begun:
                 detail = "The orders cannot be read now. Try again later."
                 raise HTTPException(503, detail, {"Retry-After": "5"}) from error
 

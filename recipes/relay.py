@@ -14,12 +14,19 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import httpx2
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
-from main import EndStreams, Stream
-from recipes.common import openai_error, prepare, upstream, upstream_error, use_openai_errors
+from main import EndStreams
+from recipes.common import (
+    LateStream,
+    openai_error,
+    prepare,
+    upstream,
+    upstream_error,
+    use_openai_errors,
+)
 from recipes.parrot import serve_parrot
 
 SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
@@ -49,23 +56,18 @@ def ends(part: bytes, is_stream: bool) -> bool:
     return any(reasons) or (is_stream and bool(answer.get("error")))
 
 
-class Answer(Stream):
+class Answer(LateStream):
     """The upstream's answer. Its status is sent with the first part: until then it can change."""
 
     def __init__(self, request: Request, path: str, question: bytes) -> None:
         super().__init__(())
-        self.begun = self.is_stream = False
+        self.is_stream = False
         headers = [(k, v) for k, v in request.headers.raw if PASSED_ON.fullmatch(k)]
         headers += [(b"authorization", b"Bearer " + KEY.encode())] if KEY else []
         url = httpx2.URL(URL + path).copy_with(query=request.scope["query_string"] or None)
         self.asked = httpx2.Request(request.method, url, headers=headers, content=question)
         with suppress(ValueError, AttributeError, RecursionError):
             self.is_stream = bool(json.loads(question).get("stream"))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(scope, receive, send)
-        if not self.begun:  # the reader has left; for many middlewares no response is an error
-            await Response(status_code=499)(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         self.send = send

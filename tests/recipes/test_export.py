@@ -327,7 +327,7 @@ def test_text_that_is_not_utf_8_cuts_the_download_it_is_in(
         assert parse(path, response.content) == rows_after(path, 7, 10)
     assert server.log.count("was cut") == 4
     if not is_postgres:  # export.md warns of a middleware. When Starlette has changed, that can go.
-        spoiled = start_app(start, "tests.support.export_apps:with_middleware", DATABASE_URL=url)
+        spoiled = start_app(start, "tests.support.behind:export", DATABASE_URL=url)
         reader = RawReader(spoiled.port, NDJSON)
         assert read_until([reader], lambda: reader.ended_at)
         assert reader.ended_properly
@@ -475,6 +475,22 @@ def test_a_database_that_gives_no_answer(server: Process, url: str) -> None:
         connection.execute(lock)
         assert refused(server)
     assert not refused(server)
+
+
+@in_sqlite
+def test_who_leaves_before_the_answer_behind_a_middleware(start: Start, url: str) -> None:
+    """For the middleware that was an error of this server."""
+    server = start_app(start, "tests.support.behind:export", DATABASE_URL=fill(url))
+    file = url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        reader = RawReader(server.port, CSV)
+        asks = psutil.Process(server.pid).open_files
+        wait_for(lambda: file in [each.path for each in asks()], "the database to be asked")
+        reader.close()
+    wait_for(lambda: file not in [each.path for each in asks()], "the question to end")
+    assert get(server, CSV).status_code == 200
+    assert "Traceback" not in server.log
 
 
 @in_sqlite
