@@ -34,7 +34,7 @@ SILENCE = 10.0  # seconds; proxies cut a stream that is silent for 30 to 60
 SSE = "text/event-stream"
 Json = dict[str, Any]
 URL, KEY, http = common.upstream()
-http.follow_redirects = True
+http.follow_redirects = True  # as the openai package does
 http.headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {KEY or '-'}"}
 
 
