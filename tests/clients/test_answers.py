@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.clients.conftest import Main
-from tests.support.processes import LIMIT
+from tests.support.processes import LIMIT, wait_for
 from tests.support.wrong_servers import (
     ALL,
     CHUNKED,
@@ -351,7 +351,7 @@ def test_try_again_later_is_tried_again(client: str, main: Main) -> None:
     with wrong_server(answers) as server:
         printed = main(client, server.url, FIRST_DELAY=0.01, STALL_TIMEOUT=2.0)
         seen = [connection.headers.get("last-event-id") for connection in server.connections]
-        assert server.connections[3].closed
+        wait_for(lambda: server.connections[3].closed, "the server to see that it is closed")
     assert seen[:5] == [None, None, "2", "2", "2"]
     assert (printed.status, printed.ids) == (0, ALL)
     assert len(printed.err) == 3  # a warning each time that it broke off, not for each attempt
